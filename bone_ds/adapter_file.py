@@ -1,0 +1,137 @@
+"""The adapter on disk: one safetensors file of fp32 tensors whose header says what they are and whose base they fit."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bone_ds.arch import Source
+from bone_ds.config import AdapterConfig, RunConfig
+from bone_ds.errors import CheckpointError
+
+FORMAT_VERSION = 1
+_KEY = "bone_ds"
+
+
+@dataclass(frozen=True)
+class Header:
+    format_version: int
+    architecture: str
+    method: str
+    grouping: str | None
+    rank: int
+    alpha: float | None
+    targets: list[str]
+    layers: list[int] | None
+    base: str
+    base_revision: str | None
+    base_dtype: str
+    base_fingerprint: str
+    step: int
+
+    @property
+    def adapter(self) -> AdapterConfig:
+        given = {"method": self.method, "rank": self.rank, "targets": tuple(self.targets),
+                 "layers": None if self.layers is None else tuple(self.layers)}
+        given |= {"grouping": self.grouping} if self.method == "bone" else {"alpha": self.alpha}
+        return AdapterConfig.model_validate(given)
+
+
+def header_of(config: RunConfig, architecture_name: str, targets: tuple[str, ...], source: Source, step: int) -> Header:
+    adapter = config.adapter
+    bone = adapter.method == "bone"
+    return Header(
+        FORMAT_VERSION, architecture_name, adapter.method, adapter.grouping if bone else None, adapter.rank,
+        None if bone else adapter.alpha, list(targets), None if adapter.layers is None else list(adapter.layers),
+        source.origin, source.revision, config.model.dtype, source.fingerprint, step)
+
+
+def write(path: Path, header: Header, tensors: dict[str, Tensor]) -> None:
+    """Writes aside and renames: the file is whole or absent."""
+    aside = path.with_name(path.name + ".partial")
+    whole = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+    save_file(whole, aside, metadata={_KEY: json.dumps(asdict(header))})
+    os.replace(aside, path)
+
+
+def read_header(path: Path) -> Header:
+    """Raises CheckpointError where the file is no adapter of this project, or of a later version."""
+    with _opened(path) as file:
+        return _header(path, file.metadata() or {})
+
+
+def read(path: Path) -> tuple[Header, dict[str, Tensor]]:
+    """The header and every tensor, checked against it: names, shapes, finite values."""
+    with _opened(path) as file:
+        header = _header(path, file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors")
+    for name, tensor in tensors.items():
+        _check_tensor(path, header, name, tensor)
+    return header, tensors
+
+
+def by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """`a.b.q_proj.bone` -> {"a.b.q_proj": {"bone": ...}}"""
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        modules.setdefault(module, {})[part] = tensor
+    return modules
+
+
+def _opened(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such adapter file") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: is no safetensors file, or a damaged one: {str(error).splitlines()[0]}") from None
+
+
+def _header(path: Path, metadata: dict[str, str]) -> Header:
+    if _KEY not in metadata:
+        raise CheckpointError(f"{path}: has no {_KEY!r} header, so it is no adapter of this project")
+    try:
+        given = json.loads(metadata[_KEY])
+        version = given["format_version"]
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path}: its {_KEY!r} header is damaged: {metadata[_KEY][:60]!r}") from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format_version {version!r} is not {FORMAT_VERSION}, the one this version reads")
+    names = {field.name for field in fields(Header)}
+    if set(given) != names:
+        odd = sorted(set(given) ^ names)
+        raise CheckpointError(f"{path}: its header's fields are wrong at {', '.join(odd)}")
+    header = Header(**given)
+    try:
+        header.adapter
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its header describes no adapter: {_first_problem(error)}") from None
+    return header
+
+
+def _first_problem(error: ValueError) -> str:
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['input']!r}: {problem['msg']}"
+
+
+def _check_tensor(path: Path, header: Header, name: str, tensor: Tensor) -> None:
+    part = name.rpartition(".")[2]
+    expected = {"bone": (None, header.rank, header.rank), "lora_A": (header.rank, None), "lora_B": (None, header.rank)}
+    parts = ("bone",) if header.method == "bone" else ("lora_A", "lora_B")
+    if part not in parts:
+        raise CheckpointError(f"{path}: {name}: method {header.method!r} has no such tensor")
+    shape = expected[part]
+    if len(shape) != tensor.dim() or any(want not in (None, have) for want, have in zip(shape, tensor.shape)):
+        raise CheckpointError(f"{path}: {name}: shape {tuple(tensor.shape)} does not fit rank {header.rank}")
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{path}: {name}: holds NaN or infinite values")

@@ -1,0 +1,108 @@
+"""What the core asks of an architecture, and how it finds one by name.
+
+An architecture is a package `<name>_adapters` whose `__init__` holds `ARCHITECTURE`, an object with the methods of
+`Architecture`. A new one is a new folder and a name in `NAMES`; nothing else in the core changes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from bone_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from bone_ds.config import ModelConfig
+
+NAMES = ("llama",)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk, opened but not read: `directory` holds config, tokenizer and weights in the architecture's layout."""
+
+    directory: Path
+    origin: str
+    """What the user wrote: a directory, a hub id or a GGUF file."""
+    revision: str | None
+    """The hub commit, where there is one."""
+    fingerprint: str
+    """Hash of tensor names, shapes and a sample of their bytes: equal models have equal fingerprints."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents end to end in one row, without padding; each attends to itself alone."""
+
+    tokens: Tensor
+    """(1, T) int64"""
+    document_lengths: tuple[int, ...]
+    """Sums to T."""
+    label_positions: Tensor
+    """(M,) int64, rows of the hidden states that predict a loss-bearing token."""
+    labels: Tensor
+    """(M,) int64, the tokens they predict."""
+
+
+class Placement(Protocol):
+    """Where parameters live: whole on this device, or partitioned over ranks under ZeRO-3."""
+
+    def empty(self) -> AbstractContextManager[None]:
+        """Modules constructed inside get uninitialised parameters, placed."""
+
+    def assign(self, param: nn.Parameter, tensor: Tensor) -> None:
+        """Copies a whole tensor into a placed parameter; every rank calls it, in the same order."""
+
+
+class Architecture(Protocol):
+    name: str
+    targets: tuple[str, ...]
+    """Names of the linear modules adapted by default; every one that may be."""
+
+    def recognises(self, path: str) -> bool:
+        """Whether this directory, hub id or file holds a model of this architecture."""
+
+    def open(self, model: ModelConfig) -> Source:
+        """Finds, downloads or converts the model and checks it without reading its weights. Raises CheckpointError."""
+
+    def tokenizer(self, source: Source): ...
+
+    def build(self, source: Source, dtype: torch.dtype) -> nn.Module:
+        """The causal language model with unset weights; called under `Placement.empty()`."""
+
+    def load(self, model: nn.Module, source: Source, placement: Placement) -> None:
+        """Streams the weights into the model, one tensor at a time."""
+
+    def layers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The residual blocks in order, with their module names."""
+
+    def hidden(self, model: nn.Module, tokens: Tensor, document_lengths: tuple[int, ...]) -> Tensor:
+        """tokens (1, T) -> the final hidden states (T, C) that the head reads."""
+
+    def head(self, model: nn.Module) -> nn.Parameter:
+        """(vocab, C)"""
+
+    def weight_files(self, source: Source) -> list[Path]:
+        """The safetensors files that hold the weights."""
+
+
+def load(name: str) -> Architecture:
+    if name not in NAMES:
+        raise ConfigError(f"model.architecture: {name!r} is unknown, choose one of {', '.join(NAMES)}")
+    return importlib.import_module(f"{name}_adapters").ARCHITECTURE
+
+
+def resolve(model: ModelConfig) -> Architecture:
+    """The architecture the config names, or the one that recognises the model."""
+    if model.architecture != "auto":
+        return load(model.architecture)
+    for architecture in map(load, NAMES):
+        if architecture.recognises(model.path):
+            return architecture
+    raise ConfigError(f"model.path: no architecture of {', '.join(NAMES)} recognises {model.path!r}")

@@ -1,0 +1,127 @@
+"""Training state on disk, readable at any ZeRO stage and world size.
+
+`checkpoints/step-00000100/` holds `state.safetensors`, the adapter's fp32 weights and AdamW's moments by name, and
+`manifest.json`. Frozen weights are never written. Training draws no random numbers and the order of the data is a
+function of seed and step, so the step count is all the position there is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bone_ds import engine as engines
+from bone_ds.engine import Engine
+from bone_ds.engine.state import PARTS
+from bone_ds.errors import CheckpointError
+
+FORMAT_VERSION = 1
+_STATE, _MANIFEST = "state.safetensors", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    format_version: int
+    step: int
+    """Optimizer steps done."""
+    adam_step: int
+    data_fingerprint: str
+    """Of the tokenised training samples: their order is meaningless over others."""
+    world_size: int
+    state_bytes: int
+
+
+def save(directory: Path, engine: Engine, step: int, data_fingerprint: str, keep: int) -> dict[str, Tensor]:
+    """Writes `step-N` aside, renames it, and removes all but the latest `keep`; returns the masters (on rank 0).
+
+    Every rank calls it; rank 0 writes.
+    """
+    adam_step = engine.adam_step()
+    parts = {part: engine.gather(part) for part in PARTS}
+    if parts["master"]:
+        _write(directory, parts, Manifest(FORMAT_VERSION, step, adam_step, data_fingerprint, engine.world_size, 0))
+        for old in existing(directory)[:-keep]:
+            shutil.rmtree(old)
+    engines.barrier()
+    return parts["master"]
+
+
+def load(path: Path, engine: Engine, data_fingerprint: str) -> int:
+    """Restores the engine and returns the number of steps done. Raises CheckpointError naming what does not fit."""
+    manifest = _read_manifest(path / _MANIFEST)
+    if manifest.data_fingerprint != data_fingerprint:
+        raise CheckpointError(f"{path}: was written over other training samples; data files, prompt or tokenizer have changed")
+    engine.restore(_read_state(path / _STATE, manifest, engine), manifest.adam_step)
+    return manifest.step
+
+
+def existing(directory: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(path for path in directory.glob("step-*") if path.suffix != ".partial" and (path / _MANIFEST).exists())
+
+
+def latest(directory: Path) -> Path:
+    found = existing(directory)
+    if not found:
+        raise CheckpointError(f"--resume: {directory} holds no checkpoint; start without --resume in another directory")
+    return found[-1]
+
+
+def _write(directory: Path, parts: dict[str, dict[str, Tensor]], manifest: Manifest) -> None:
+    final = directory / f"step-{manifest.step:08d}"
+    aside = final.with_suffix(".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    flat = {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+    save_file(flat, aside / _STATE)
+    whole = asdict(manifest) | {"state_bytes": (aside / _STATE).stat().st_size}
+    (aside / _MANIFEST).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(aside, final)
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+        manifest = Manifest(**{field.name: given[field.name] for field in fields(Manifest)})
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: is damaged: {error}") from None
+    if manifest.format_version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format_version {manifest.format_version!r} is not {FORMAT_VERSION}, the one this version reads")
+    return manifest
+
+
+def _read_state(path: Path, manifest: Manifest, engine: Engine) -> dict[str, dict[str, Tensor]]:
+    if not path.exists() or path.stat().st_size != manifest.state_bytes:
+        size = path.stat().st_size if path.exists() else "no"
+        raise CheckpointError(f"{path}: has {size} bytes, its manifest says {manifest.state_bytes}; it is not whole")
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():
+                part, _, name = key.partition("/")
+                parts.setdefault(part, {})[name] = file.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: is damaged: {str(error).splitlines()[0]}") from None
+    for part in PARTS:
+        _check(path, part, parts[part], engine)
+    return parts
+
+
+def _check(path: Path, part: str, tensors: dict[str, Tensor], engine: Engine) -> None:
+    for name in tensors.keys() ^ engine.trainable.keys():
+        where = "the run's adapter" if name in tensors else "the checkpoint"
+        raise CheckpointError(f"{path}: {part}/{name}: is missing from {where}")
+    for name, parameter in engine.trainable.items():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if tuple(tensors[name].shape) != shape:
+            raise CheckpointError(f"{path}: {part}/{name}: shape {tuple(tensors[name].shape)} is not the adapter's {shape}")

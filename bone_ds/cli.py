@@ -1,0 +1,95 @@
+"""`bone-ds COMMAND`: arguments in, exit code out. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from bone_ds import __version__, launch
+from bone_ds.errors import BoneError
+
+USER_ERROR = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns 0, or 2 after printing what the user can mend."""
+    given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
+    try:
+        options = _parser().parse_args(given)
+        return options.run(options, given) or 0
+    except BoneError as error:
+        _report(error)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return 130
+
+
+def _report(error: BoneError) -> None:
+    """Once for all ranks: the launcher ends the others as soon as rank 0 is gone, unless it is theirs alone."""
+    ranks = launch.current()
+    if ranks and not ranks.is_first:
+        time.sleep(5)
+    print(f"bone-ds: {error}", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bone-ds", description="Fine-tune language models with Bone adapters on DeepSpeed.")
+    parser.add_argument("--version", action="version", version=f"bone-ds {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    train = commands.add_parser("train", help="fine-tune a model as a config says",
+                                description="Starts DeepSpeed's launcher on this machine, or trains where a launcher started it.")
+    train.add_argument("config", help="YAML file; `bone-ds config` shows every field")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a field of the file")
+    train.add_argument("--ranks", type=int, help="local processes to start (default: all GPUs, or 1)")
+    train.add_argument("--resume", action="store_true", help="continue the run in output.directory from its last checkpoint")
+    train.set_defaults(run=_train)
+
+    config = commands.add_parser("config", help="show every field of a config with its meaning and default")
+    config.add_argument("config", nargs="?", help="a file to check and show as it would be used")
+    config.add_argument("overrides", nargs="*", metavar="section.key=value")
+    config.set_defaults(run=_config)
+
+    merge = commands.add_parser("merge", help="write base + adapter as a plain model directory")
+    merge.add_argument("adapter", type=Path, help="adapter.safetensors of a run")
+    merge.add_argument("--out", type=Path, required=True, help="directory to be made")
+    merge.add_argument("--base", help="where the base model lies now (default: where it lay in training)")
+    merge.add_argument("--cache-dir", help="where a converted GGUF base is kept")
+    merge.set_defaults(run=_merge)
+    return parser
+
+
+def _train(options: argparse.Namespace, given: list[str]) -> int:
+    from bone_ds import ds_json
+    from bone_ds.config import load_config
+    from bone_ds.run_directory import RunDirectory
+
+    config = load_config(options.config, options.overrides)
+    ranks = launch.current()
+    if ranks is None:
+        # What is wrong is said before the launcher and its imports are paid for.
+        RunDirectory.planned(config).check(config, options.resume)
+        world_size = options.ranks if options.ranks is not None else launch.default_ranks()
+        ds_json.resolve(config, max(1, world_size))
+        return launch.start(given, world_size)
+    from bone_ds.train import train
+
+    train(config, ranks, options.resume)
+    return 0
+
+
+def _config(options: argparse.Namespace, given: list[str]) -> int:
+    from bone_ds.config import describe_fields, dump_yaml, load_config
+
+    print(dump_yaml(load_config(options.config, options.overrides)) if options.config else describe_fields(), end="")
+    return 0
+
+
+def _merge(options: argparse.Namespace, given: list[str]) -> int:
+    from bone_ds.merge import merge
+
+    source = merge(options.adapter, options.out, options.base, options.cache_dir)
+    print(f"{options.out}: {source.origin} with {options.adapter}")
+    return 0

@@ -1,0 +1,295 @@
+"""One YAML file becomes one frozen RunConfig. Imports nothing heavy: `bone-ds --help` answers at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from bone_ds.errors import ConfigError
+
+SHIPPED_DS_CONFIGS = ("zero0", "zero1", "zero2", "zero3")
+
+
+def _as_tuple(value: Any) -> Any:
+    """YAML knows lists alone, and one path may stand without a list."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_tuple)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    path: str = Field(description="A Hugging Face directory, a hub id, or a .gguf file (converted once, then cached).", min_length=1)
+    revision: str | None = Field(None, description="Hub branch, tag or commit; the commit it names is recorded in the run.")
+    architecture: Literal["auto", "llama"] = Field("auto", description="Which adapter package reads the model.")
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="Dtype of the frozen weights and of the forward pass.")
+    cache_dir: str = Field("~/.cache/bone_ds", description="Where a converted GGUF model is kept.")
+
+
+class AdapterConfig(Section):
+    method: Literal["bone", "lora"] = Field("bone", description="bone: block affine (the paper). lora: the baseline, through peft.")
+    grouping: Literal["row", "col"] = Field("row", description="Which blocks share a Bone matrix: row costs what LoRA costs, col is the paper's Llama setting.")
+    rank: int = Field(64, ge=1, description="Bone block size r, or LoRA rank.")
+    alpha: float | None = Field(None, gt=0, description="LoRA scale numerator (scale = alpha / rank); default rank. Not for bone.")
+    strategy: Literal["auto", "materialized", "checkpointed", "fused", "factored"] = Field(
+        "auto", description="How Bone is computed, with equal results: auto takes factored for row and fused for col.")
+    targets: Texts | None = Field(None, description="Module names to adapt, for example [q_proj, v_proj]; default all of the architecture's.")
+    layers: Annotated[tuple[int, int], BeforeValidator(_as_tuple)] | None = Field(None, description="First and last layer to adapt, from 0, the last excluded; default all.")
+
+
+class DataConfig(Section):
+    train: Texts = Field(description="Training files, .jsonl or .json; one path or a list.", min_length=1)
+    eval: Texts = Field(default=(), description="Held-out files; one path or a list. Without them no held-out loss is measured.")
+    train_samples: int | None = Field(None, ge=1, description="Use only the first so many rows of data.train.")
+    eval_samples: int | None = Field(None, ge=1, description="Use only the first so many rows of data.eval.")
+    prompt: Literal["metamath", "instruction", "template"] = Field(
+        "metamath", description="metamath: query/response. instruction: instruction/input/output. template: data.template and data.completion.")
+    fields: dict[str, str] = Field({}, description="The file's names for the prompt's fields, for example {query: question, response: answer}.")
+    template: str | None = Field(None, description="Prompt text with {field} places, for prompt: template.")
+    completion: str | None = Field(None, description="Completion text with {field} places, for prompt: template; it alone bears loss.")
+    max_length: int = Field(512, ge=8, description="Longest sample, and the size of a pack, in tokens.")
+    overlong: Literal["truncate", "drop"] = Field("truncate", description="What happens to a longer sample; both are counted and reported.")
+    packing: bool = Field(True, description="Fill packs of max_length tokens with whole samples; samples never see each other.")
+
+
+class TrainConfig(Section):
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; give this or train.epochs.")
+    epochs: int | None = Field(None, ge=1, description="Passes over the data; give this or train.steps (default 1 epoch).")
+    global_batch_size: int = Field(8, ge=1, description="Packs (samples without packing) in one optimizer step, over all ranks.")
+    micro_batch_size: int = Field(1, ge=1, description="Packs (samples) in one forward pass on one rank; accumulation follows from it.")
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Course of the learning rate after the warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    final_lr_ratio: float = Field(0.0, ge=0, le=1, description="Learning rate at the end as a share of the peak (cosine, linear).")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay on the adapter.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment decay.")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment decay.")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip the global gradient norm to this; 0 is no clipping.")
+    activation_checkpointing: Literal["none", "bone", "layer"] = Field(
+        "none", description="Recomputed in backward: nothing, each Bone layer, or each whole layer.")
+    loss_chunk: int = Field(512, ge=1, description="Loss-bearing positions whose logits are held at once.")
+    seed: int = Field(0, ge=0, description="Order of the data and initialisation.")
+    eval_every: int = Field(50, ge=0, description="Steps between held-out losses (also before the first and after the last step); 0 is never.")
+    save_every: int = Field(100, ge=0, description="Steps between checkpoints (one is always written at the end); 0 is only at the end.")
+    keep_checkpoints: int = Field(2, ge=1, description="How many of the latest checkpoints stay on disk.")
+
+
+class DeepSpeedConfig(Section):
+    config: str = Field("zero2", description="zero0, zero1, zero2, zero3, or the path of a DeepSpeed JSON of your own.")
+
+
+class OutputConfig(Section):
+    directory: str = Field(description="The run directory: config, events, log, checkpoints, adapter.", min_length=1)
+
+
+class RunConfig(Section):
+    model: ModelConfig
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    output: OutputConfig
+
+    @model_validator(mode="after")
+    def _refuse_impossible_combinations(self) -> RunConfig:
+        for problem in _conflicts(self):
+            raise ValueError(problem)
+        return self
+
+
+def _conflicts(config: RunConfig) -> Iterator[str]:
+    adapter, data, train = config.adapter, config.data, config.train
+    if adapter.method == "lora":
+        for field in ("grouping", "strategy"):
+            if field in adapter.model_fields_set:
+                yield f"adapter.{field}: {getattr(adapter, field)!r} is for adapter.method: bone, remove it for lora"
+        if train.activation_checkpointing == "bone":
+            yield "train.activation_checkpointing: 'bone' needs adapter.method: bone, this is 'lora'; use none or layer"
+    elif adapter.alpha is not None:
+        yield f"adapter.alpha: {adapter.alpha} is for adapter.method: lora, bone has no scale; remove it"
+    if (adapter.grouping, adapter.strategy) == ("col", "factored"):
+        yield "adapter.strategy: 'factored' exists for adapter.grouping: row alone, this is 'col'; use auto or fused"
+    if adapter.targets is not None and (not adapter.targets or len(set(adapter.targets)) < len(adapter.targets)):
+        yield f"adapter.targets: {list(adapter.targets)} is empty or names a module twice"
+    if adapter.layers is not None and not 0 <= adapter.layers[0] < adapter.layers[1]:
+        yield f"adapter.layers: {list(adapter.layers)} is no range, give [first, last) with 0 <= first < last"
+    templates = {"template": data.template, "completion": data.completion}
+    if data.prompt == "template":
+        for field, value in templates.items():
+            if value is None:
+                yield f"data.{field}: is missing, data.prompt: template needs it"
+    for field, value in templates.items():
+        if data.prompt != "template" and value is not None:
+            yield f"data.{field}: {value!r} is for data.prompt: template, this is {data.prompt!r}"
+    if data.eval_samples is not None and not data.eval:
+        yield f"data.eval_samples: {data.eval_samples} without data.eval; name a held-out file"
+    if train.steps is not None and train.epochs is not None:
+        yield f"train.steps: {train.steps} and train.epochs: {train.epochs} are both given; keep one"
+    if train.steps is not None and train.warmup_steps > train.steps:
+        yield f"train.warmup_steps: {train.warmup_steps} is more than train.steps: {train.steps}"
+    if train.global_batch_size % train.micro_batch_size:
+        yield (f"train.global_batch_size: {train.global_batch_size} is no multiple of "
+               f"train.micro_batch_size: {train.micro_batch_size}")
+    if train.schedule == "constant" and train.final_lr_ratio:
+        yield f"train.final_lr_ratio: {train.final_lr_ratio} has no effect with train.schedule: constant; remove it"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 with two repairs: 1e-4 is a number, and a key given twice is an error."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)$"),
+    list("-+0123456789"))
+
+
+def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict:
+    seen = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key {key!r} is no text")
+        if key in seen:
+            raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key {key!r} stands twice")
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
+
+
+def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> RunConfig:
+    """Reads a YAML file and `section.key=value` overrides. Raises ConfigError naming the file, field and value."""
+    tree = _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(tree, override)
+    return validate(tree, str(path))
+
+
+def validate(tree: dict, origin: str) -> RunConfig:
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        problems = [_describe(detail) for detail in error.errors()]
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ConfigError(f"{origin}: {problems[0]}{more}") from None
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is no UTF-8 text (byte {error.start})") from None
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"{path}: line {error.problem_mark.line + 1}: {error.problem}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: holds {type(tree).__name__}, not sections like model:, data:, output:")
+    return tree
+
+
+def _apply_override(tree: dict, override: str) -> None:
+    """`train.steps=10` sets tree["train"]["steps"]; the value is read as YAML."""
+    key, equals, text = override.partition("=")
+    section, _, field = key.partition(".")
+    if not (equals and section and field) or "." in field:
+        raise ConfigError(f"override {override!r}: write section.key=value, for example train.steps=100")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is no YAML value; quote it") from None
+    fields = tree.setdefault(section, {})
+    if not isinstance(fields, dict):
+        raise ConfigError(f"override {override!r}: the file's {section}: is {fields!r}, not a section")
+    fields[field] = value
+
+
+def _describe(detail: ErrorDetails) -> str:
+    """One pydantic error as `field: what is wrong with which value`."""
+    field = ".".join(map(str, detail["loc"]))
+    nested = len(detail["loc"]) > 2
+    kind, value = detail["type"], detail["input"]
+    if kind == "value_error":
+        return str(detail["ctx"]["error"])
+    if kind == "missing" and nested:
+        return f"{'.'.join(map(str, detail['loc'][:-1]))}: {_shortened(detail['input'])}: has too few items"
+    if kind == "missing":
+        return f"{field}: is missing ({_field_info(detail['loc']).description or 'a section'})"
+    if kind == "extra_forbidden":
+        known = _fields_of(detail["loc"][:-1])
+        near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        return f"{field}: is no such field; {hint}"
+    if kind == "literal_error":
+        near = difflib.get_close_matches(str(value), re.findall(r"'([^']*)'", detail["ctx"]["expected"]), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{field}: {value!r} is not one of {detail['ctx']['expected']}{hint}"
+    return f"{field}: {_shortened(value)}: {detail['msg'][0].lower() + detail['msg'][1:]}"
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _section_of(name: str) -> type[Section]:
+    return RunConfig.model_fields[name].annotation
+
+
+def _fields_of(location: tuple) -> list[str]:
+    return list((_section_of(location[0]) if location else RunConfig).model_fields)
+
+
+def _field_info(location: tuple):
+    return RunConfig.model_fields[location[0]] if len(location) == 1 else _section_of(location[0]).model_fields[location[1]]
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The whole configuration as YAML that `load_config` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_unset=False, exclude_none=True) | _unset_guard(config),
+                          sort_keys=False, allow_unicode=True)
+
+
+def _unset_guard(config: RunConfig) -> dict:
+    """Fields that are refused for the other method are left out rather than written with their defaults."""
+    if config.adapter.method != "lora":
+        return {}
+    return {"adapter": config.adapter.model_dump(mode="json", exclude={"grouping", "strategy"}, exclude_none=True)}
+
+
+def describe_fields() -> str:
+    """Every field with its meaning and default, as a YAML skeleton for `bone-ds config`."""
+    lines = []
+    for name, info in RunConfig.model_fields.items():
+        lines.append(f"{name}:")
+        for field, detail in info.annotation.model_fields.items():
+            default = "  # required" if detail.is_required() else ""
+            value = "" if detail.is_required() else " " + _as_yaml(detail.default)
+            choices = re.findall(r"'([^']*)'", str(detail.annotation)) if "Literal" in str(detail.annotation) else []
+            lines.append(f"  # {detail.description}" + (f" One of: {', '.join(choices)}." if choices else ""))
+            lines.append(f"  {field}:{value}{default}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _as_yaml(value: Any) -> str:
+    value = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(value, default_flow_style=True).replace("\n...\n", "").strip()

@@ -1,0 +1,120 @@
+"""Which samples an optimizer step sees: a pure function of the samples, the config and the seed.
+
+The plan is global. Ranks only differ in which part of a window they are dealt, so the world size changes nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+from bone_ds.data.packing import pack
+from bone_ds.data.samples import Samples
+from bone_ds.errors import ConfigError
+
+Unit = list[int]
+"""Indices of the samples in one pack; a single one without packing."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one optimizer step sees, over all ranks."""
+
+    units: list[Unit]
+    """global_batch_size of them; fewer in the last step of an epoch."""
+    unit_tokens: list[int]
+    label_tokens: int
+    """Loss-bearing tokens of the whole window: what the step's summed loss is divided by."""
+    epoch: int
+    """From 0."""
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    number: int
+    units: list[Unit]
+
+
+class GlobalOrder:
+    """The windows of every epoch. Each epoch has every sample once, in an order of its own."""
+
+    def __init__(self, samples: Samples, packing: bool, max_length: int, global_batch_size: int, seed: int):
+        self._lengths, self._label_counts = samples.lengths, samples.label_counts
+        self._packing, self._max_length = packing, max_length
+        self._global_batch_size, self._seed = global_batch_size, seed
+        self._ends = [0]  # optimizer steps before epoch i; an epoch is planned to know how many packs it has
+        self._current = self._plan(0)
+        self._ends.append(self._steps(self._current))
+
+    def window(self, step: int) -> Window:
+        """step: optimizer step from 0."""
+        assert step >= 0
+        epoch = self._epoch_of(step)
+        first = (step - self._ends[epoch.number]) * self._global_batch_size
+        units = epoch.units[first:first + self._global_batch_size]
+        tokens = [int(self._lengths[unit].sum()) for unit in units]
+        labels = int(sum(self._label_counts[unit].sum() for unit in units))
+        return Window(units, tokens, labels, epoch.number)
+
+    def steps_in_epochs(self, epochs: int) -> int:
+        """Optimizer steps in the first so many epochs. Packs are drawn anew, so epochs may differ by a step."""
+        while len(self._ends) <= epochs:
+            self._plan_next()
+        return self._ends[epochs]
+
+    def _epoch_of(self, step: int) -> _Epoch:
+        while step >= self._ends[-1]:
+            self._plan_next()
+        number = int(np.searchsorted(self._ends, step, side="right")) - 1
+        if self._current.number != number:
+            self._current = self._plan(number)
+        return self._current
+
+    def _plan_next(self) -> None:
+        self._current = self._plan(len(self._ends) - 1)
+        self._ends.append(self._ends[-1] + self._steps(self._current))
+
+    def _plan(self, epoch: int) -> _Epoch:
+        generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
+        samples = generator.permutation(len(self._lengths))
+        if not self._packing:
+            return _Epoch(epoch, [[index] for index in samples.tolist()])
+        packs = pack(self._lengths[samples], self._max_length)
+        # shuffled once more: best fit leaves the packs that found no filling at the end
+        return _Epoch(epoch, [samples[packs[number]].tolist() for number in generator.permutation(len(packs))])
+
+    def _steps(self, epoch: _Epoch) -> int:
+        return -(-len(epoch.units) // self._global_batch_size)
+
+
+def deal(window: Window, rank: int, world_size: int, micro_batch_size: int, global_batch_size: int) -> list[list[Unit]]:
+    """The micro-batches of one rank, the same number on every rank; in a partial window some are short or empty.
+
+    The longest units come first and each round of micro-batches has units of about one length, so ranks wait little for
+    each other and a device that is too small shows it in the first step. Raises ConfigError where the batch doesn't divide.
+    """
+    units_per_round = micro_batch_size * world_size
+    if global_batch_size % units_per_round:
+        raise ConfigError(f"train.global_batch_size: {global_batch_size} is no multiple of train.micro_batch_size "
+                          f"{micro_batch_size} x {world_size} ranks; take a multiple of {units_per_round}")
+    ranked = sorted(range(len(window.units)), key=window.unit_tokens.__getitem__, reverse=True)
+    return [[window.units[number] for number in _hand(ranked[start:start + units_per_round], rank, world_size)]
+            for start in range(0, len(ranked), units_per_round)]
+
+
+def _hand(round_: list[int], rank: int, world_size: int) -> list[int]:
+    """Every other turn goes backwards over the ranks, as teams are picked: that evens out the lengths."""
+    hand = []
+    for turn, start in zip(itertools.count(), range(0, len(round_), world_size)):
+        seat = rank if turn % 2 == 0 else world_size - 1 - rank
+        hand += round_[start:start + world_size][seat:seat + 1]
+    return hand
+
+
+def evaluation_units(samples: Samples, packing: bool, max_length: int) -> list[Unit]:
+    """Every sample once, in the order of the file as far as packing allows."""
+    if packing:
+        return pack(samples.lengths, max_length)
+    return [[index] for index in range(len(samples))]

@@ -1,0 +1,94 @@
+"""Rows to text: a prompt, which bears no loss, and the completion, which is learnt."""
+
+from __future__ import annotations
+
+import difflib
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bone_ds.config import DataConfig
+from bone_ds.errors import ConfigError
+
+_ALONE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{%s}\n\n### Response:")
+_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """How a row is worded. Templates hold {field} places; a brace itself is written twice."""
+
+    template: str
+    completion: str
+    columns: Mapping[str, str]
+    """The prompt's field -> the file's column, for every field that is read."""
+    optional: tuple[str, ...] = ()
+    """Fields that may be missing, null or empty in a row; empty ones choose `template_without_optional`."""
+    template_without_optional: str | None = None
+
+    @property
+    def prompt_columns(self) -> dict[str, str]:
+        """The part of `columns` that the prompt alone needs: enough to generate from rows without a completion."""
+        wanted = {*_places("data.template", self.template), *self.optional}
+        return {field: column for field, column in self.columns.items() if field in wanted}
+
+    def prompt_text(self, row: Mapping[str, str | None]) -> str:
+        """row: the file's column -> text."""
+        values = self._values(row)
+        filled = all(values.get(field, "").strip() for field in self.optional)
+        template = self.template if filled or self.template_without_optional is None else self.template_without_optional
+        return template.format_map(values)
+
+    def completion_text(self, row: Mapping[str, str | None]) -> str:
+        return self.completion.format_map(self._values(row))
+
+    def _values(self, row: Mapping[str, str | None]) -> dict[str, str]:
+        return {field: row.get(column) or "" for field, column in self.columns.items()}
+
+
+def build_prompt(data: DataConfig) -> Prompt:
+    """The prompt that the config names. Raises ConfigError for a template or a data.fields that can't be used."""
+    if data.prompt == "metamath":
+        fields = ("query", "response")
+        return Prompt(_ALONE % "query", "{response}", _columns(fields, data.fields))
+    if data.prompt == "instruction":
+        columns = _columns(("instruction", "input", "output"), data.fields)
+        if "input" not in data.fields and "input" in data.fields.values():
+            del columns["input"]  # the file's column of that name was given to another field
+        return Prompt(_WITH_INPUT, "{output}", columns, optional=("input",), template_without_optional=_ALONE % "instruction")
+    assert data.template is not None and data.completion is not None, "the config checks this"
+    learnt = _places("data.completion", data.completion)
+    if not learnt:
+        raise ConfigError(f"data.completion: {data.completion!r} holds no {{field}}, every row would teach the same text")
+    fields = tuple(dict.fromkeys((*_places("data.template", data.template), *learnt)))
+    return Prompt(data.template, data.completion, _columns(fields, data.fields))
+
+
+def _columns(fields: tuple[str, ...], mapping: Mapping[str, str]) -> dict[str, str]:
+    for name in mapping:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            advice = f", did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"data.fields: the prompt has no field {name!r}, it has {', '.join(fields)}{advice}")
+    return {field: mapping.get(field, field) for field in fields}
+
+
+def _places(origin: str, template: str) -> tuple[str, ...]:
+    """The field names in a template, in order, each once. Raises ConfigError for anything but a plain {field}."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ConfigError(f"{origin}: {template!r}: {error}; write a literal brace twice, {{{{ or }}}}") from None
+    names = []
+    for _, name, layout, conversion in parts:
+        if name is None:
+            continue
+        if not name.strip() or name.isdigit() or layout or conversion or any(mark in name for mark in ".[]{}"):
+            raise ConfigError(f"{origin}: the place {{{name}}} is no plain {{field}}; write a literal brace twice, {{{{ or }}}}")
+        names.append(name)
+    return tuple(dict.fromkeys(names))

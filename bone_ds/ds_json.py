@@ -1,0 +1,146 @@
+"""RunConfig -> the complete DeepSpeed JSON. Pure: the engine and the memory plan both read its result."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+
+import ds_configs
+from bone_ds.config import RunConfig
+from bone_ds.errors import ConfigError
+
+# Sections that DeepSpeed itself obeys without more code here. DeepSpeed ignores unknown ones silently, so they are refused.
+_OBEYED = {
+    "zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "wall_clock_breakdown",
+    "steps_per_print", "memory_breakdown", "dump_state", "flops_profiler", "comms_logger", "tensorboard", "wandb",
+    "csv_monitor", "data_types",
+}
+_REFUSED = {
+    "fp16": "training is in model.dtype: bf16 or fp32; remove it",
+    "scheduler": "the learning rate follows train.schedule and train.warmup_steps; remove it",
+    "activation_checkpointing": "use train.activation_checkpointing; remove it",
+    "amp": "training is in model.dtype: bf16 or fp32; remove it",
+}
+_REFUSED_IN_ZERO = {
+    "offload_optimizer": "optimizer offload is not supported; remove it",
+    "offload_param": "parameter offload is not supported; remove it",
+}
+
+
+def resolve(config: RunConfig, world_size: int) -> dict:
+    """The DeepSpeed configuration of a run on `world_size` ranks, every number in it derived.
+
+    Raises ConfigError where the batch can't be dealt to the ranks, where the JSON can't be read or has a section that
+    would not be obeyed, and where it contradicts the YAML.
+    """
+    origin, given = _read(config.deepspeed.config)
+    _check_sections(origin, given)
+    derived = _derived(config, world_size)
+    for key, value in derived.items():
+        _check_agreement(origin, given, key, value)
+    return given | {key: value for key, (value, _) in derived.items()} | {"steps_per_print": given.get("steps_per_print", 10**9)}
+
+
+def stage(resolved: dict) -> int:
+    return resolved["zero_optimization"]["stage"]
+
+
+def accumulation_steps(config: RunConfig, world_size: int) -> int:
+    """Micro-batches of one rank in one optimizer step."""
+    train = config.train
+    per_forward = train.micro_batch_size * world_size
+    if train.global_batch_size % per_forward:
+        raise ConfigError(
+            f"train.global_batch_size: {train.global_batch_size} can't be dealt to {world_size} ranks in micro-batches of "
+            f"train.micro_batch_size: {train.micro_batch_size}; make it a multiple of {per_forward}")
+    return train.global_batch_size // per_forward
+
+
+def _derived(config: RunConfig, world_size: int) -> dict[str, tuple[object, str]]:
+    """Key -> (value, the YAML field it follows from)."""
+    train = config.train
+    return {
+        "train_batch_size": (train.global_batch_size, "train.global_batch_size"),
+        "train_micro_batch_size_per_gpu": (train.micro_batch_size, "train.micro_batch_size"),
+        "gradient_accumulation_steps": (accumulation_steps(config, world_size), "train.global_batch_size"),
+        "gradient_clipping": (train.max_grad_norm, "train.max_grad_norm"),
+        "bf16": ({"enabled": config.model.dtype == "bf16"}, "model.dtype"),
+        # torch's own AdamW: DeepSpeed's FusedAdam would be compiled at first use.
+        "optimizer": ({"type": "AdamW", "params": {
+            "lr": train.learning_rate, "betas": [train.beta1, train.beta2], "eps": train.eps,
+            "weight_decay": train.weight_decay, "torch_adam": True}}, "train.learning_rate, beta1, beta2, eps, weight_decay"),
+    }
+
+
+def _read(name: str) -> tuple[str, dict]:
+    if name in ds_configs.NAMES:
+        return name, ds_configs.read(name)
+    path = Path(name).expanduser()
+    if path.suffix != ".json":
+        near = difflib.get_close_matches(name, ds_configs.NAMES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"deepspeed.config: {name!r} is neither one of {', '.join(ds_configs.NAMES)} nor a .json file{hint}")
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+    except OSError as error:
+        raise ConfigError(f"deepspeed.config: {name}: can't be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"deepspeed.config: {name}: is no JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise ConfigError(f"deepspeed.config: {name}: holds {type(given).__name__}, not an object")
+    return name, given
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in names if names.count(key) > 1)!r} stands twice")
+    return mapping
+
+
+def _check_sections(origin: str, given: dict) -> None:
+    known = _OBEYED | set(_REFUSED) | {
+        "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16", "optimizer"}
+    for key, value in given.items():
+        if key in _REFUSED and not (key in ("fp16", "amp") and isinstance(value, dict) and not value.get("enabled", True)):
+            raise ConfigError(f"{origin}: {key}: {_REFUSED[key]}")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "it would not be obeyed; remove it"
+            raise ConfigError(f"{origin}: {key}: is no section known here; {hint}")
+        if value == "auto":
+            raise ConfigError(f"{origin}: {key}: 'auto' is not filled in by anyone here; remove the line")
+    _check_zero(origin, given.get("zero_optimization"))
+
+
+def _check_zero(origin: str, zero: object) -> None:
+    if not isinstance(zero, dict):
+        raise ConfigError(f"{origin}: zero_optimization: is {zero!r}; give an object with a stage from 0 to 3")
+    if isinstance(zero.get("stage"), bool) or zero.get("stage") not in (0, 1, 2, 3):
+        raise ConfigError(f"{origin}: zero_optimization.stage: is {zero.get('stage')!r}, not 0, 1, 2 or 3")
+    for key, value in zero.items():
+        if value == "auto":
+            raise ConfigError(f"{origin}: zero_optimization.{key}: 'auto' is not filled in by anyone here; give a number")
+        offloads = isinstance(value, dict) and value.get("device", "none") != "none"
+        if key in _REFUSED_IN_ZERO and offloads:
+            raise ConfigError(f"{origin}: zero_optimization.{key}: {_REFUSED_IN_ZERO[key]}")
+
+
+def _check_agreement(origin: str, given: dict, key: str, derived: tuple[object, str]) -> None:
+    value, field = derived
+    if key not in given:
+        return
+    for path, theirs, ours in _leaves(key, given[key], value):
+        if theirs != ours:
+            raise ConfigError(f"{origin}: {path}: {theirs!r} contradicts {field}, from which it would be {ours!r}; remove it from the JSON")
+
+
+def _leaves(path: str, theirs: object, ours: object):
+    """Pairs of values to compare: every leaf the JSON gives, with what the YAML makes of it."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key, value in theirs.items():
+            yield from _leaves(f"{path}.{key}", value, ours.get(key))
+    else:
+        yield path, theirs, ours

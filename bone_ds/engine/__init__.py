@@ -1,0 +1,146 @@
+"""The only importer of deepspeed: starts the ranks, places weights, trains, and gathers what is partitioned.
+
+Facts about DeepSpeed 0.19 that shape this package:
+- its shared-memory reduction is compiled at first use and hangs on a stale lock, so it is switched off;
+- `backward(scale_wrt_gas=False)` and a hand-set accumulation boundary leave the loss's normalisation to the caller,
+  while gradients are still averaged over ranks;
+- under ZeRO-3 a parameter is whole only inside a hook-driven gather, so weights are set through `GatheredParameters`;
+- at stage 0 in fp32 it keeps no gradient norm, and steps over NaN; in bf16 it takes one step before the first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+
+# DeepSpeed warns at import, once a process, that this machine has no GPU.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor, nn
+
+from bone_ds.arch import Batch
+from bone_ds.engine import placement, state
+from bone_ds.errors import ConfigError
+from bone_ds.launch import Ranks
+
+__all__ = ["Engine", "agree", "barrier", "device", "distributed", "placement", "total"]
+
+
+@contextlib.contextmanager
+def distributed(ranks: Ranks) -> Iterator[None]:
+    """The process group of all ranks, destroyed at the end whatever happens."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    assert dist.get_world_size() == ranks.world_size
+    try:
+        yield
+    finally:
+        deepspeed.comm.destroy_process_group()
+
+
+def device(ranks: Ranks) -> torch.device:
+    accelerator = get_accelerator()
+    accelerator.set_device(ranks.local_rank)
+    chosen = torch.device(accelerator.current_device_name())
+    if chosen.type == "cpu":
+        # Each rank would take every core: two of them on two cores are several times slower than one thread each.
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size)))
+    return chosen
+
+
+def barrier() -> None:
+    dist.barrier()
+
+
+def total(values: list[float], device: torch.device) -> list[float]:
+    """Sums of each value over all ranks, in fp64."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def agree(value: str) -> bool:
+    """Whether every rank brings the same text."""
+    values: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return len(set(values)) == 1
+
+
+class Engine:
+    """A model under DeepSpeed whose trainable parameters are the adapter's alone."""
+
+    def __init__(self, model: nn.Module, trainable: dict[str, nn.Parameter], ds: dict):
+        """model maps a Batch to its summed cross entropy. Raises ConfigError where DeepSpeed refuses its configuration."""
+        self.trainable = trainable
+        self.world_size = dist.get_world_size()
+        try:
+            self.deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=list(trainable.values()), config=ds)
+        except ValueError as error:
+            raise ConfigError(f"deepspeed.config: DeepSpeed refuses it: {_first_complaint(error)}") from None
+        state.undo_first_step(self.deepspeed)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The batch's summed cross entropy."""
+        return self.deepspeed(batch)
+
+    def backward(self, loss: Tensor, boundary: bool) -> None:
+        """Accumulates gradients, which are averaged over the ranks; `boundary` marks the last one before `update`."""
+        self.deepspeed.set_gradient_accumulation_boundary(boundary)
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def update(self, learning_rate: float) -> float:
+        """One optimizer step; returns the global gradient norm before clipping."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.deepspeed.zero_optimization_stage() > 0:
+            self.deepspeed.step()
+            return float(self.deepspeed.get_global_grad_norm())
+        # Without ZeRO the reduced gradients lie on the parameters, and a step over NaN would not be skipped.
+        norm = float(nn.utils.get_total_norm([parameter.grad for parameter in self.trainable.values()]))
+        if math.isfinite(norm):
+            self.deepspeed.step()
+        return norm
+
+    def gradient(self, name: str) -> Tensor:
+        """The whole gradient of one adapter tensor, averaged over ranks, between the last backward and `update`.
+
+        Every rank calls it, in the same order. At ZeRO stage 0 it is the live gradient.
+        """
+        return safe_get_full_grad(self.trainable[name])
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        self.deepspeed.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.deepspeed.train()
+
+    def gather(self, part: str) -> dict[str, Tensor]:
+        """`master`, `exp_avg` or `exp_avg_sq` of the adapter by name, whole in fp32, on rank 0. Every rank calls it."""
+        return state.gather(self.deepspeed, self.trainable, part)
+
+    def adam_step(self) -> int:
+        return state.adam_step(self.deepspeed)
+
+    def restore(self, parts: dict[str, dict[str, Tensor]], adam_step: int) -> None:
+        """Puts back what `gather` and `adam_step` gave, at any stage and world size; every rank brings all tensors."""
+        state.restore(self.deepspeed, self.trainable, parts, adam_step)
+
+
+def _first_complaint(error: ValueError) -> str:
+    """pydantic's message has a line of title, then field and complaint."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ": ".join(lines[1:3]) if len(lines) > 2 else lines[0]

@@ -1,0 +1,21 @@
+"""Errors that a user can cause. Each message is one or two lines: the file or field, the value, and what to do."""
+
+
+class BoneError(Exception):
+    """Base of every error that is the user's to mend; the command line prints it without a traceback and exits with 2."""
+
+
+class ConfigError(BoneError):
+    """The YAML, an override, or the DeepSpeed JSON is wrong."""
+
+
+class InjectionError(BoneError):
+    """The adapter can't be put into this model: unknown targets, or a block size that divides no layer."""
+
+
+class CheckpointError(BoneError):
+    """A file of weights can't be used: a model directory, an adapter, a training checkpoint."""
+
+
+class DataError(BoneError):
+    """A data file or a row of it can't be trained on."""

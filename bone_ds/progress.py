@@ -1,0 +1,66 @@
+"""What rank 0 shows while it trains: one line a step, rewritten in place on a terminal; all of it kept in the log."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+GIB = 1024**3
+
+
+def peak_memory_gib() -> float:
+    """High-water memory of this process: allocated on the GPU, or the resident set on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+class Progress:
+    """Silent on every rank but the first."""
+
+    def __init__(self, log: Path | None, steps: int, first_step: int = 0):
+        """log: the file that keeps every line, or None for a rank that shows nothing."""
+        self.log, self.steps, self.first_step = log, steps, first_step
+        self.started = time.monotonic()
+        self.in_place = log is not None and sys.stdout.isatty()
+        self.open_line = False
+
+    def step(self, step: int, loss: float, learning_rate: float, grad_norm: float, rates: tuple[float, float, float]) -> None:
+        """rates: positions, tokens and loss-bearing tokens per second."""
+        positions, tokens, label_tokens = rates
+        done = step - self.first_step
+        left = (time.monotonic() - self.started) / done * (self.steps - step)
+        self._show(
+            f"step {step}/{self.steps}  loss {loss:.4f}  lr {learning_rate:.2e}  grad {grad_norm:.3f}  "
+            f"tok/s {positions:.0f} all {tokens:.0f} real {label_tokens:.0f} loss  {peak_memory_gib():.2f} GiB  {_clock(left)} left",
+            in_place=self.in_place)
+
+    def say(self, line: str) -> None:
+        self._show(line, in_place=False)
+
+    def _show(self, line: str, in_place: bool) -> None:
+        if self.log is None:
+            return
+        if in_place:
+            print(f"\r\x1b[K{line}", end="", flush=True)
+        else:
+            print(("\n" if self.open_line else "") + line, flush=True)
+        self.open_line = in_place
+        if self.log.parent.exists():
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def close(self) -> None:
+        if self.open_line:
+            print(flush=True)
+            self.open_line = False
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

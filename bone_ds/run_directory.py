@@ -1,0 +1,69 @@
+"""What a run leaves on disk: the resolved config, events.jsonl, log.txt, checkpoints/ and adapter.safetensors.
+
+`events.jsonl` is append-only, one JSON object a line. Every line has `event` and `time` (seconds since 1970). By event:
+
+- `start`: `step`, `steps`, `world_size`, `trainable_parameters`, `data` and `eval` (counts of rows, kept, truncated,
+  dropped, label-less), `model` (origin, revision, fingerprint), `versions`, `resumed_from`
+- `step`: `step` (1 is the first), `epoch`, `loss` (nats, mean over the loss-bearing tokens of the global batch),
+  `learning_rate`, `grad_norm` (before clipping), `step_s`, `tokens` and `label_tokens` of the global batch,
+  `positions_per_s`, `tokens_per_s`, `label_tokens_per_s`, `memory_gib` (rank 0, high-water)
+- `eval`: `step`, `loss` (nats, mean over the held-out loss-bearing tokens), `label_tokens`, `eval_s`
+- `checkpoint`: `step`, `path`, `save_s`
+- `end`: `step`, `train_s`
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from bone_ds.config import RunConfig, dump_yaml, load_config
+from bone_ds.errors import ConfigError
+
+
+class RunDirectory:
+    def __init__(self, path: Path):
+        self.path = path
+        self.events = path / "events.jsonl"
+        self.log = path / "log.txt"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter.safetensors"
+
+    @classmethod
+    def planned(cls, config: RunConfig) -> RunDirectory:
+        return cls(Path(config.output.directory).expanduser())
+
+    def check(self, config: RunConfig, resume: bool) -> None:
+        """Raises ConfigError where the directory holds another run, or, to resume, none or one that differs."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"output.directory: {self.path} is a file, not a directory")
+        if resume:
+            self._check_same_run(config)
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise ConfigError(f"output.directory: {self.path} is not empty; continue its run with --resume, or name another")
+
+    def _check_same_run(self, config: RunConfig) -> None:
+        stored_path = self.path / "config.yaml"
+        if not stored_path.exists():
+            raise ConfigError(f"--resume: {self.path} holds no run (no config.yaml)")
+        stored = load_config(stored_path)
+        for section in ("model", "adapter", "data"):
+            self._check_equal(section, getattr(stored, section), getattr(config, section))
+        self._check_equal("train", stored.train, config.train, ("global_batch_size", "seed"))
+
+    def _check_equal(self, section: str, stored, given, fields: tuple[str, ...] = ()) -> None:
+        for field in fields or type(given).model_fields:
+            before, now = getattr(stored, field), getattr(given, field)
+            if before != now:
+                raise ConfigError(f"--resume: {section}.{field}: {now!r} differs from the run's {before!r} ({self.path / 'config.yaml'})")
+
+    def create(self, config: RunConfig, ds: dict) -> None:
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        (self.path / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+        (self.path / "deepspeed.json").write_text(json.dumps(ds, indent=2) + "\n", encoding="utf-8")
+
+    def record(self, event: str, **fields) -> None:
+        line = json.dumps({"event": event, "time": round(time.time(), 3)} | fields)
+        with self.events.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")

@@ -1,0 +1,74 @@
+"""One optimizer step over the global batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from bone_ds import engine as engines
+from bone_ds.arch import Batch
+from bone_ds.config import TrainConfig
+from bone_ds.engine import Engine
+from bone_ds.errors import InjectionError
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float
+    """Mean cross entropy over the loss-bearing tokens of the global batch, in nats."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    positions: int
+    """Token positions computed over all ranks, idle ranks' included."""
+
+
+def optimizer_step(engine: Engine, batches: list[Batch], label_tokens: int, learning_rate: float,
+                   check_gradients: bool = False) -> StepResult:
+    """Trains on this rank's micro-batches of one global batch that holds `label_tokens` loss-bearing tokens in all.
+
+    Every rank brings the same number of micro-batches; one without labels still runs. The gradient is that of the mean
+    over the global batch: ranks average, so each scales its sums by world_size / label_tokens. With `check_gradients`,
+    raises InjectionError naming a layer whose adapter received no gradient, or a bad one.
+    """
+    loss_sum = 0.0
+    for index, batch in enumerate(batches):
+        loss = engine.loss(batch)
+        engine.backward(loss * (engine.world_size / label_tokens), boundary=index == len(batches) - 1)
+        loss_sum += float(loss.detach())
+    if check_gradients:
+        _check_every_layer_learns(engine)
+    grad_norm = engine.update(learning_rate)
+    positions = sum(batch.tokens.numel() for batch in batches)
+    loss_sum, positions = engines.total([loss_sum, positions], batches[0].tokens.device)
+    return StepResult(loss_sum / label_tokens, grad_norm, int(positions))
+
+
+def _check_every_layer_learns(engine: Engine) -> None:
+    """A layer learns where one of its adapter's tensors has a gradient: LoRA's first one has none at the start."""
+    largest: dict[str, float] = {}
+    for name in engine.trainable:
+        layer = name.rpartition(".")[0]
+        largest[layer] = max(largest.get(layer, 0.0), float(engine.gradient(name).abs().amax()), key=_alarming)
+    for layer, value in largest.items():
+        if value == 0 or not math.isfinite(value):
+            raise InjectionError(
+                f"{layer}: its adapter received {'no' if value == 0 else 'a non-finite'} gradient in the first step\n"
+                "Either the layer takes no part in the forward pass, or the weights or the data hold bad values")
+
+
+def _alarming(value: float) -> tuple[bool, float]:
+    return not math.isfinite(value), value
+
+
+def learning_rate(train: TrainConfig, step: int, steps: int) -> float:
+    """The rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then the configured course.
+
+    The last step's rate lies one step before the end of the course, so a course to 0 still moves at its last step.
+    """
+    if step < train.warmup_steps:
+        return train.learning_rate * (step + 1) / train.warmup_steps
+    if train.schedule == "constant":
+        return train.learning_rate
+    progress = (step - train.warmup_steps) / max(1, steps - train.warmup_steps)
+    shape = 1 - progress if train.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return train.learning_rate * (train.final_lr_ratio + (1 - train.final_lr_ratio) * shape)

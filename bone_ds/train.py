@@ -1,0 +1,183 @@
+"""The training run, from a config to an adapter on disk."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from bone_ds import activation, adapter_file, arch, checkpoint, ds_json
+from bone_ds import engine as engines
+from bone_ds.arch import Architecture, Source
+from bone_ds.config import RunConfig
+from bone_ds.data import GlobalOrder, Samples, collate, deal, load_samples
+from bone_ds.engine import Engine
+from bone_ds.errors import DataError
+from bone_ds.evaluate import HeldOut
+from bone_ds.inject import inject
+from bone_ds.launch import Ranks
+from bone_ds.objective import Objective
+from bone_ds.progress import Progress, peak_memory_gib
+from bone_ds.run_directory import RunDirectory
+from bone_ds.step import learning_rate, optimizer_step
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    directory: Path
+    steps: int
+    train_loss: float
+    """Of the last step."""
+    eval_loss: float | None
+    """After the last step; None without held-out data."""
+
+
+def train(config: RunConfig, ranks: Ranks, resume: bool = False) -> RunResult:
+    """Trains on this process's rank; every rank of the run calls it. Raises BoneError where the user can mend it.
+
+    Nothing is written before config, data, model and adapter have been found usable.
+    """
+    ds = ds_json.resolve(config, ranks.world_size)
+    run = RunDirectory.planned(config)
+    run.check(config, resume)
+    with engines.distributed(ranks):
+        torch.manual_seed(config.train.seed)
+        device = engines.device(ranks)
+        architecture = arch.resolve(config.model)
+        source = architecture.open(config.model)
+        samples, held_out_samples = _load_data(config, architecture, source)
+        order = GlobalOrder(samples, config.data.packing, config.data.max_length, config.train.global_batch_size, config.train.seed)
+        held_out = held_out_samples and HeldOut(held_out_samples, config.data.packing, config.data.max_length, ranks, device)
+        steps = config.train.steps or order.steps_in_epochs(config.train.epochs or 1)
+        engine = build_engine(config, architecture, source, ds, device)
+
+        started = time.monotonic()
+        first_step = 0
+        if resume:
+            first_step = checkpoint.load(checkpoint.latest(run.checkpoints), engine, samples.fingerprint())
+        engines.barrier()
+        if ranks.is_first:
+            run.create(config, ds)
+            run.record("start", step=first_step, steps=steps, world_size=ranks.world_size, **_provenance(engine, source, samples, held_out_samples))
+        progress = Progress(run.log if ranks.is_first else None, steps, first_step)
+        _announce(progress, engine, source, samples, held_out_samples)
+        writer = _Writer(config, ranks, run, engine, architecture, source, samples)
+
+        evaluation = _evaluate(held_out, engine, run, ranks, progress, first_step) if config.train.eval_every else None
+        result = None
+        for step in range(first_step, steps):
+            step_started = time.monotonic()
+            window = order.window(step)
+            hands = deal(window, ranks.rank, ranks.world_size, config.train.micro_batch_size, config.train.global_batch_size)
+            batches = [collate(samples, units, device) for units in hands]
+            rate = learning_rate(config.train, step, steps)
+            result = optimizer_step(engine, batches, window.label_tokens, rate, check_gradients=step == 0)
+            step_s = time.monotonic() - step_started
+
+            done = step + 1
+            tokens = sum(window.unit_tokens)
+            rates = tuple(count / step_s for count in (result.positions, tokens, window.label_tokens))
+            progress.step(done, result.loss, rate, result.grad_norm, rates)
+            if ranks.is_first:
+                writer.record_step(done, window, result, rate, step_s, rates)
+            if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+                raise DataError(f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}; checkpoints before it are whole\n"
+                                f"Lower train.learning_rate: {config.train.learning_rate}, or look for bad rows in {', '.join(config.data.train)}")
+            if config.train.eval_every and (done % config.train.eval_every == 0 or done == steps):
+                evaluation = _evaluate(held_out, engine, run, ranks, progress, done)
+            if done == steps or config.train.save_every and done % config.train.save_every == 0:
+                writer.save(done)
+
+        train_s = time.monotonic() - started
+        progress.say(f"done in {train_s:.0f} s: {run.adapter}")
+        if ranks.is_first:
+            run.record("end", step=steps, train_s=round(train_s, 3))
+        return RunResult(run.path, steps, result.loss if result else math.nan, evaluation and evaluation.loss)
+
+
+def build_engine(config: RunConfig, architecture: Architecture, source: Source, ds: dict, device: torch.device) -> Engine:
+    """The model with its weights placed, the adapter injected, under DeepSpeed."""
+    placement = engines.placement.choose(ds, DTYPES[config.model.dtype], device)
+    with placement.empty():
+        model = architecture.build(source, DTYPES[config.model.dtype])
+    architecture.load(model, source, placement)
+    trainable = inject(model, architecture, config.adapter)
+    activation.apply(model, architecture, config.train.activation_checkpointing)
+    return Engine(Objective(model, architecture, config.train.loss_chunk), trainable, ds)
+
+
+def _load_data(config: RunConfig, architecture: Architecture, source: Source) -> tuple[Samples, Samples | None]:
+    tokenizer = architecture.tokenizer(source)
+    samples = load_samples(config.data, tokenizer, "train")
+    if not engines.agree(samples.fingerprint()):
+        raise DataError("data.train: the ranks read different samples; give every host the same files")
+    return samples, load_samples(config.data, tokenizer, "eval") if config.data.eval else None
+
+
+def _evaluate(held_out: HeldOut | None, engine: Engine, run: RunDirectory, ranks: Ranks, progress: Progress, step: int):
+    if held_out is None:
+        return None
+    evaluation = held_out.evaluate(engine)
+    progress.say(f"step {step}  held-out loss {evaluation.loss:.4f}")
+    if ranks.is_first:
+        run.record("eval", step=step, **asdict(evaluation))
+    return evaluation
+
+
+def _announce(progress: Progress, engine: Engine, source: Source, samples: Samples, held_out: Samples | None) -> None:
+    trainable = _trainable_parameters(engine)
+    progress.say(f"model {source.origin}: {trainable:,} trainable parameters in {len(engine.trainable)} tensors, {engine.world_size} ranks")
+    progress.say(f"train {samples.report}")
+    if held_out:
+        progress.say(f"held out {held_out.report}")
+
+
+def _provenance(engine: Engine, source: Source, samples: Samples, held_out: Samples | None) -> dict:
+    return {
+        "trainable_parameters": _trainable_parameters(engine),
+        "data": asdict(samples.report),
+        "eval": held_out and asdict(held_out.report),
+        "model": {"origin": source.origin, "revision": source.revision, "fingerprint": source.fingerprint},
+        "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers")},
+    }
+
+
+def _trainable_parameters(engine: Engine) -> int:
+    return sum(getattr(p, "ds_numel", p.numel()) for p in engine.trainable.values())
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """What a run leaves on disk as it goes."""
+
+    config: RunConfig
+    ranks: Ranks
+    run: RunDirectory
+    engine: Engine
+    architecture: Architecture
+    source: Source
+    samples: Samples
+
+    def record_step(self, step, window, result, rate, step_s, rates) -> None:
+        positions, tokens, label_tokens = (round(value, 1) for value in rates)
+        self.run.record(
+            "step", step=step, epoch=window.epoch, loss=result.loss, learning_rate=rate, grad_norm=result.grad_norm,
+            step_s=round(step_s, 4), tokens=sum(window.unit_tokens), label_tokens=window.label_tokens,
+            positions_per_s=positions, tokens_per_s=tokens, label_tokens_per_s=label_tokens,
+            memory_gib=round(peak_memory_gib(), 3))
+
+    def save(self, step: int) -> None:
+        """A checkpoint, and the adapter as it is now. Every rank calls it."""
+        started = time.monotonic()
+        masters = checkpoint.save(self.run.checkpoints, self.engine, step, self.samples.fingerprint(), self.config.train.keep_checkpoints)
+        if self.ranks.is_first:
+            targets = self.config.adapter.targets or self.architecture.targets
+            header = adapter_file.header_of(self.config, self.architecture.name, targets, self.source, step)
+            adapter_file.write(self.run.adapter, header, masters)
+            self.run.record("checkpoint", step=step, path=f"checkpoints/step-{step:08d}", save_s=round(time.monotonic() - started, 3))

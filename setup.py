@@ -1,0 +1,32 @@
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="bone_ds",
+    version="0.1.0",
+    description="Fine-tune LLaMA models with Bone (block affine) adapters on DeepSpeed ZeRO",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["bone_ds", "bone_ds.bone", "bone_ds.data", "bone_ds.demo", "bone_ds.engine", "llama_adapters", "ds_configs"],
+    package_data={"ds_configs": ["*.json"], "bone_ds.bone": ["README.md"]},
+    # The ranges that the test suite has run on.
+    install_requires=[
+        "torch>=2.13,<2.14",
+        "deepspeed>=0.19.8,<0.20",
+        "transformers>=5.23,<5.24",
+        "datasets>=5.2,<5.3",
+        "safetensors>=0.8,<0.9",
+        "sentencepiece>=0.2.3,<0.3",
+        "gguf>=0.19,<0.20",
+        "peft>=0.21.2,<0.22",
+        "pydantic>=2.14,<3",
+        "PyYAML>=6.0.3,<7",
+    ],
+    extras_require={"test": ["pytest>=9.2,<10", "hypothesis>=6.170,<7"]},
+    entry_points={"console_scripts": ["bone-ds = bone_ds.cli:main"]},
+)

@@ -1,0 +1,23 @@
+"""What all tests share: few threads, NaN in every buffer that is not set, and the real model where there is one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--smollm2", metavar="GGUF", help="SmolLM2-135M-Instruct.Q4_1.gguf; `make demo` fetches one into .demo/")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf(request) -> Path:
+    given = request.config.getoption("--smollm2")
+    fetched = sorted((Path(__file__).parents[1] / ".demo").glob("**/SmolLM2-135M-Instruct.Q4_1.gguf"))
+    if given:
+        return Path(given)
+    if not fetched:
+        pytest.skip("no SmolLM2 here: run `make demo` once, or give --smollm2 PATH")
+    return fetched[0]

@@ -1,0 +1,124 @@
+"""Each way a data file can be wrong ends in one short message that says where and what."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bone_ds.config import DataConfig
+from bone_ds.data import build_prompt, read_rows
+from bone_ds.errors import DataError
+
+GOOD = '{"query": "one", "response": "1"}\n'
+
+
+def row(**fields):
+    return json.dumps(fields) + "\n"
+
+
+# name of the file, its bytes, what the message names
+BAD = {
+    "empty": ("a.jsonl", b"", ["a.jsonl", "empty"]),
+    "blank": ("a.jsonl", b"\n \n", ["a.jsonl", "no row"]),
+    "empty list": ("a.json", b"[]", ["a.json", "no row"]),
+    "not JSON": ("a.jsonl", GOOD + "query: two\n", ["a.jsonl:2", "not JSON", "query: two"]),
+    "cut short": ("a.jsonl", GOOD + '{"query": "two", "respo', ["a.jsonl:2", "not JSON"]),
+    "single quotes": ("a.jsonl", "{'query': 'two'}\n", ["a.jsonl:1", "not JSON", "column 2"]),
+    "two objects in a line": ("a.jsonl", GOOD + GOOD.strip() + " " + '{"query": 3}', ["a.jsonl:2", "Extra data"]),
+    "a number": ("a.jsonl", GOOD + "3\n", ["a.jsonl:2", "3 is no object"]),
+    "a text": ("a.jsonl", '"one"\n"two"\n', ["a.jsonl:1", '"one" is no object']),
+    "a list in a line": ("a.jsonl", GOOD + '["two", "2"]\n', ["a.jsonl:2", "is no object"]),
+    "a list of texts": ("a.json", '["one", "two"]', ["a.json: item 1", "is no object"]),
+    "a list with a hole": ("a.json", f"[{GOOD}, null]", ["a.json: item 2", "null is no object"]),
+    "a broken list": ("a.json", f"[{GOOD}\n {GOOD}]", ["a.json", "line 3"]),
+    "a list in an object": ("a.json", '{"data": [{"query": "one"}]}', ["a.json:1", "'query'", '"data"']),
+    "an object over lines": ("a.json", '{\n "query": "one",\n "response": "1"\n}\n,\n{}', ["a.json:1", "not JSON"]),
+    "nested too deeply": ("a.jsonl", GOOD + "[" * 100_000 + "\n", ["a.jsonl:2"]),
+    "other column": ("a.jsonl", row(qeury="one", response="1"), ["a.jsonl:1", "'query'", "'qeury'", "data.fields"]),
+    "column in capitals": ("a.jsonl", row(Query="one", response="1"), ["a.jsonl:1", "did you mean 'Query'"]),
+    "no column": ("a.jsonl", "{}\n", ["a.jsonl:1", "none"]),
+    "missing in one row": ("a.jsonl", GOOD + row(query="two") + GOOD, ["a.jsonl:2", "'response'"]),
+    "null": ("a.jsonl", GOOD + "\n" + row(query="two", response=None), ["a.jsonl:3", "'response'", "null"]),
+    "all null": ("a.jsonl", row(query=None, response="1") * 3, ["a.jsonl:1", "'query'", "null"]),
+    "a number in a field": ("a.jsonl", GOOD + row(query="two", response=2), ["a.jsonl:2", "'response'", "2", "number"]),
+    "only numbers in a field": ("a.jsonl", row(query="two", response=2.5) * 2, ["a.jsonl:1", "'response'", "2.5"]),
+    "a truth value": ("a.jsonl", row(query="two", response=True), ["a.jsonl:1", "'response'", "true"]),
+    "a list in a field": ("a.jsonl", GOOD + row(query=["two"], response="2"), ["a.jsonl:2", "'query'", '["two"]', "list"]),
+    "an object in a field": ("a.jsonl", row(query={"text": "x" * 500}, response="2"), ["a.jsonl:1", "'query'", '{"text"', "..."]),
+    "a number in a list": ("a.json", f"[{GOOD}, {row(query='x', response=7)}]", ["a.json: item 2", "'response'", "7"]),
+    "a field twice": ("a.jsonl", GOOD + '{"query": "a", "query": "b", "response": "1"}', ["a.jsonl:2", "'query'", "twice"]),
+    "half a surrogate pair": ("a.jsonl", GOOD + '{"query": "a\\ud800", "response": "1"}', ["a.jsonl:2", "'query'", "\\ud800"]),
+    "Latin-1": ("a.jsonl", GOOD.encode() + '{"query": "ö", "response": "1"}'.encode("latin-1"), ["a.jsonl:2", "0xf6", "UTF-8"]),
+    "Latin-1 in a list": ("a.json", '[\n\n{"query": "ö"}]'.encode("latin-1"), ["a.json:3", "0xf6", "UTF-8"]),
+    "UTF-16": ("a.jsonl", GOOD.encode("utf-16"), ["a.jsonl:1", "0xff", "UTF-8"]),
+    "suffix": ("a.csv", b"query,response\n", ["a.csv", "'.csv'", ".jsonl", ".json"]),
+    "no suffix": ("train", GOOD.encode(), ["train", "''", ".jsonl"]),
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def refusal(*paths, **options):
+    prompt = build_prompt(DataConfig(train=tuple(map(str, paths)), **options))
+    with pytest.raises(DataError) as caught:
+        read_rows([str(path) for path in paths], prompt.columns, prompt.optional)
+    message = str(caught.value)
+    assert len(message.splitlines()) <= 2
+    assert max(map(len, message.replace(str(paths[-1].parent), "").splitlines())) < 300
+    return message
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_the_message_names_the_file_the_row_and_the_fault(tmp_path, case):
+    name, content, named = BAD[case]
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = refusal(path)
+    assert str(path) in message
+    assert [part for part in named if part not in message] == []
+
+
+def test_nothing_but_the_error_speaks(tmp_path):
+    """In a process of its own: `datasets` logs to the stderr it found when it was imported."""
+    (tmp_path / "a.jsonl").write_text(GOOD + "{broken\n")
+    program = """
+from bone_ds.data import read_rows
+from bone_ds.errors import DataError
+try:
+    read_rows(["a.jsonl"], {"query": "query"})
+except DataError as error:
+    print(error)
+"""
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("a.jsonl:2: is not JSON") and len(done.stdout.splitlines()) == 1
+    assert done.stderr == ""
+
+
+def test_a_missing_file(tmp_path):
+    assert "no such file" in refusal(tmp_path / "a.jsonl")
+
+
+def test_a_directory(tmp_path):
+    (tmp_path / "data.jsonl").mkdir()
+    assert "is a directory" in refusal(tmp_path / "data.jsonl")
+
+
+def test_the_second_file_is_named(tmp_path):
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    good.write_text(GOOD * 5)
+    bad.write_text(GOOD + row(query="two", response=3))
+    assert f"{bad}:2" in refusal(good, bad)
+
+
+def test_a_mapped_field_is_named_as_in_the_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(row(question="one", answer="1"))
+    message = refusal(path, fields={"query": "question", "response": "anwser"})
+    assert "'anwser'" in message and "did you mean 'answer'" in message and "'response'" in message

@@ -1,0 +1,255 @@
+"""Rows to tokens to batches: where loss falls, what is cut, what is left out."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from bone_ds.config import DataConfig
+from bone_ds.data import build_prompt, collate, load_samples, prompt_ids, read_rows, tokenize
+from bone_ds.errors import ConfigError, DataError
+
+WORDS = ["<unk>", "<s>", "</s>", "Q", "A", ":", *[f"w{number}" for number in range(50)]]
+ID = {word: index for index, word in enumerate(WORDS)}
+BOS, EOS = ID["<s>"], ID["</s>"]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def word_tokenizer(adds_bos: bool, adds_eos: bool = False, eos: str | None = "</s>", bos: str | None = "<s>"):
+    """One token a word; it puts BOS before and EOS after a text as asked."""
+    backend = Tokenizer(models.WordLevel(ID, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if adds_bos or adds_eos:
+        pattern = [bos] * adds_bos + ["$A"] + [eos] * adds_eos
+        backend.post_processor = processors.TemplateProcessing(
+            single=" ".join(pattern), special_tokens=[(word, ID[word]) for word in {bos, eos} if word in pattern])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token=bos, eos_token=eos)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def make(tmp_path, rows, tokenizer, template="Q : {q} A :", completion="{a}", **options):
+    path = write(tmp_path / "rows.jsonl", rows)
+    config = DataConfig(train=(path,), prompt="template", template=template, completion=completion, **options)
+    return load_samples(config, tokenizer)
+
+
+def words(ids):
+    return [WORDS[index] for index in ids]
+
+
+def test_label_positions_by_hand(tmp_path):
+    samples = make(tmp_path, [{"q": "w1 w2", "a": "w3"}, {"q": "w4", "a": "w5 w6"}], word_tokenizer(adds_bos=True))
+    assert words(samples[0]) == ["<s>", "Q", ":", "w1", "w2", "A", ":", "w3", "</s>"]
+    assert words(samples[1]) == ["<s>", "Q", ":", "w4", "A", ":", "w5", "w6", "</s>"]
+    batch = collate(samples, [[0], [1]], "cpu")
+    assert batch.document_lengths == (9, 9)
+    assert batch.tokens.shape == (1, 18)
+    # the hidden state of the last prompt token (6; 9 + 5) predicts the first completion token
+    assert batch.label_positions.tolist() == [6, 7, 14, 15, 16]
+    assert words(batch.labels) == ["w3", "</s>", "w5", "w6", "</s>"]
+    assert {batch.tokens.dtype, batch.label_positions.dtype, batch.labels.dtype} == {torch.int64}
+    assert [samples.label_count(index) for index in (0, 1)] == samples.label_counts.tolist() == [2, 3]
+
+
+def test_labels_are_the_next_tokens_of_the_same_document(tmp_path):
+    rows = [{"q": f"w{number}", "a": " ".join(["w7"] * (1 + number % 4))} for number in range(12)]
+    samples = make(tmp_path, rows, word_tokenizer(adds_bos=True))
+    batch = collate(samples, [[3, 0, 7], [11], [5, 1]], "cpu")
+    assert torch.equal(batch.labels, batch.tokens[0, batch.label_positions + 1])
+    starts = set(np.cumsum((0, *batch.document_lengths)).tolist())
+    assert not starts & set((batch.label_positions + 1).tolist())
+    assert len(batch.labels) == sum(samples.label_count(index) for index in (3, 0, 7, 11, 5, 1))
+
+
+def test_without_a_prompt_the_first_token_is_unlabelled(tmp_path):
+    samples = make(tmp_path, [{"a": "w3 w4"}], word_tokenizer(adds_bos=False), template="")
+    batch = collate(samples, [[0]], "cpu")
+    assert words(batch.tokens[0]) == ["w3", "w4", "</s>"]
+    assert batch.label_positions.tolist() == [0, 1]
+    assert words(batch.labels) == ["w4", "</s>"]
+    assert samples.report.label_tokens == samples.label_count(0) == 2
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("adds_eos", [True, False])
+def test_bos_as_the_tokenizer_does_and_eos_once(tmp_path, adds_bos, adds_eos):
+    tokenizer = word_tokenizer(adds_bos, adds_eos)
+    samples = make(tmp_path, [{"q": "w1", "a": "w2"}], tokenizer)
+    assert list(samples[0]).count(BOS) == int(adds_bos)
+    assert list(samples[0]).count(EOS) == 1 and samples[0][-1] == EOS
+    assert EOS in collate(samples, [[0]], "cpu").labels
+    assert prompt_ids("Q : w1 A :", tokenizer) == samples[0][:samples.prompt_lengths[0]].tolist()
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_tokens_in_the_users_template_are_not_doubled(tmp_path, adds_bos):
+    samples = make(tmp_path, [{"q": "w1", "a": "w2"}], word_tokenizer(adds_bos), template="<s> Q {q}", completion="{a} </s>")
+    assert words(samples[0]) == ["<s>", "Q", "w1", "w2", "</s>"]
+    assert samples.prompt_lengths.tolist() == [3]
+
+
+def test_bos_in_the_completion_of_an_empty_prompt_is_not_doubled(tmp_path):
+    samples = make(tmp_path, [{"a": "w2"}], word_tokenizer(adds_bos=True), template="", completion="<s> {a}")
+    assert words(samples[0]) == ["<s>", "w2", "</s>"]
+    assert samples.label_count(0) == 2
+
+
+def test_one_token_as_bos_and_eos(tmp_path):
+    appends = word_tokenizer(adds_bos=False, adds_eos=True, bos="</s>")
+    assert words(make(tmp_path, [{"q": "w1", "a": "w2"}], appends, template="{q}")[0]) == ["w1", "w2", "</s>"]
+    prepends = word_tokenizer(adds_bos=True, bos="</s>")
+    assert words(make(tmp_path, [{"q": "w1", "a": "w2"}], prepends, template="{q}")[0]) == ["</s>", "w1", "w2", "</s>"]
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no EOS token"):
+        make(tmp_path, [{"q": "w1", "a": "w2"}], word_tokenizer(adds_bos=True, eos=None))
+
+
+# in tokens, BOS and EOS counted, against a max_length of 8: 8; 10; 11 of which 9 are the prompt; a completion of spaces
+OVERLONG = [
+    {"q": "w1 w1", "a": "w2 w2 w2"}, {"q": "w1 w1", "a": "w2 w2 w2 w2 w2"}, {"q": "w1 " * 7, "a": "w2"}, {"q": "w1", "a": "  "}]
+
+
+def test_truncation_keeps_the_start_and_counts(tmp_path):
+    samples = make(tmp_path, OVERLONG, word_tokenizer(adds_bos=True), template="Q {q}", max_length=8)
+    report = samples.report
+    assert (report.rows, report.kept, report.truncated, report.dropped, report.label_less) == (4, 2, 1, 0, 2)
+    assert words(samples[0]) == ["<s>", "Q", "w1", "w1", "w2", "w2", "w2", "</s>"]
+    assert words(samples[1]) == ["<s>", "Q", "w1", "w1", "w2", "w2", "w2", "w2"]
+    assert (report.tokens, report.label_tokens, report.longest) == (16, 8, 11)
+    assert "1 truncated" in str(report) and "2 left out" in str(report)
+
+
+def test_dropping_counts(tmp_path):
+    samples = make(tmp_path, OVERLONG, word_tokenizer(adds_bos=True), template="Q {q}", max_length=8, overlong="drop")
+    report = samples.report
+    assert (report.rows, report.kept, report.truncated, report.dropped, report.label_less) == (4, 1, 0, 2, 1)
+    assert samples.lengths.tolist() == [8]
+
+
+def test_an_empty_completion_never_bears_loss(tmp_path):
+    rows = [{"q": "w1", "a": ""}, {"q": "w2", "a": " \n"}, {"q": "w3", "a": "w4"}]
+    samples = make(tmp_path, rows, word_tokenizer(adds_bos=True))
+    assert len(samples) == 1 and ID["w3"] in samples[0]
+    assert samples.report.label_less == 2
+
+
+@pytest.mark.parametrize("options", [dict(overlong="drop"), dict(overlong="truncate")])
+def test_no_sample_left_names_the_file_and_the_counts(tmp_path, options):
+    with pytest.raises(DataError, match=r"rows\.jsonl: no sample is left of 1 rows") as caught:
+        make(tmp_path, [{"q": "w1 " * 20, "a": "w2"}], word_tokenizer(adds_bos=True), max_length=8, **options)
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_an_idle_rank_gets_one_token_and_no_label(tmp_path):
+    samples = make(tmp_path, [{"q": "w1", "a": "w2"}], word_tokenizer(adds_bos=True))
+    for units in ([], [[]]):
+        batch = collate(samples, units, "cpu")
+        assert batch.tokens.tolist() == [[EOS]]
+        assert batch.document_lengths == (1,)
+        assert batch.label_positions.shape == batch.labels.shape == (0,)
+        assert batch.label_positions.dtype == batch.labels.dtype == torch.int64
+
+
+def test_the_fingerprint_follows_the_samples(tmp_path):
+    tokenizer = word_tokenizer(adds_bos=True)
+    first = make(tmp_path, [{"q": "w1", "a": "w2"}], tokenizer)
+    again = make(tmp_path, [{"q": "w1", "a": "w2"}], tokenizer)
+    other = make(tmp_path, [{"q": "w1", "a": "w3"}], tokenizer)
+    moved = make(tmp_path, [{"q": "w1", "a": "w2"}], tokenizer, template="Q : {q}", completion="A : {a}")
+    assert first.fingerprint() == again.fingerprint()
+    assert len({samples.fingerprint() for samples in (first, other, moved)}) == 3
+    assert first.tokens.tolist() == moved.tokens.tolist()
+
+
+def test_many_rows_keep_their_order(tmp_path):
+    rows = [{"q": f"w{number % 50}", "a": f"w{number % 7}"} for number in range(2500)]
+    samples = make(tmp_path, rows, word_tokenizer(adds_bos=True))
+    assert [words(samples[index])[3] for index in range(2500)] == [row["q"] for row in rows]
+
+
+def test_splits_and_limits(tmp_path):
+    paths = [write(tmp_path / f"{name}.jsonl", [{"query": f"w{number}", "response": "w1"} for number in range(count)])
+             for name, count in (("one", 3), ("two", 4), ("held", 5))]
+    config = DataConfig(train=tuple(paths[:2]), eval=(paths[2],), train_samples=5, eval_samples=2)
+    tokenizer = word_tokenizer(adds_bos=True)
+    assert load_samples(config, tokenizer).report.rows == 5
+    assert load_samples(config, tokenizer, split="eval").report.rows == 2
+
+
+# prompts
+
+
+def test_metamath_wording():
+    prompt = build_prompt(DataConfig(train=("x",), fields={"query": "question"}))
+    row = {"question": "1 + {1}?", "response": "2"}
+    assert prompt.prompt_text(row) == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n1 + {1}?\n\n### Response:")
+    assert prompt.completion_text(row) == "2"
+    assert prompt.columns == {"query": "question", "response": "response"}
+    assert prompt.prompt_columns == {"query": "question"}
+
+
+def test_instruction_wording_with_and_without_input():
+    prompt = build_prompt(DataConfig(train=("x",), prompt="instruction"))
+    row = {"instruction": "Translate.", "input": "Hund", "output": "dog"}
+    assert prompt.prompt_text(row).endswith("### Instruction:\nTranslate.\n\n### Input:\nHund\n\n### Response:")
+    for nothing in ("", None, "  "):
+        text = prompt.prompt_text({**row, "input": nothing})
+        assert "Input" not in text and text.endswith("### Instruction:\nTranslate.\n\n### Response:")
+    assert prompt.completion_text(row) == "dog"
+
+
+def test_a_column_given_to_another_field_is_not_read_twice(tmp_path):
+    path = write(tmp_path / "wizard.jsonl", [{"input": "Say hi.", "output": "hi"}])
+    config = DataConfig(train=(path,), prompt="instruction", fields={"instruction": "input"})
+    prompt = build_prompt(config)
+    row = read_rows((path,), prompt.columns, prompt.optional)[0]
+    assert "Input" not in prompt.prompt_text(row) and "Say hi." in prompt.prompt_text(row)
+
+
+def test_template_with_literal_braces_and_mapped_fields():
+    prompt = build_prompt(DataConfig(
+        train=("x",), prompt="template", template="{{json}} {topic}?", completion="{reply}", fields={"topic": "a.b"}))
+    assert prompt.prompt_text({"a.b": "{x}", "reply": "y"}) == "{json} {x}?"
+
+
+@pytest.mark.parametrize(("options", "named"), [
+    (dict(fields={"qury": "question"}), "did you mean 'query'"),
+    (dict(prompt="template", template="{q", completion="{a}"), "data.template"),
+    (dict(prompt="template", template="{q}", completion="{a"), "data.completion"),
+    (dict(prompt="template", template="{}", completion="{a}"), "no plain"),
+    (dict(prompt="template", template="{0}", completion="{a}"), "no plain"),
+    (dict(prompt="template", template="{q!r}", completion="{a}"), "no plain"),
+    (dict(prompt="template", template="{q:>9}", completion="{a}"), "no plain"),
+    (dict(prompt="template", template="{q.x}", completion="{a}"), "no plain"),
+    (dict(prompt="template", template="{q}", completion="always this"), "no {field}"),
+    (dict(prompt="template", template="{q}", completion="{a}", fields={"b": "c"}), "no field 'b'"),
+])
+def test_a_wrong_template_or_mapping_is_a_config_error(options, named):
+    with pytest.raises(ConfigError) as caught:
+        build_prompt(DataConfig(train=("x",), **options))
+    assert named in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_tokenize_takes_rows_from_anywhere():
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"query": ["w1"], "response": ["w2"]})
+    config = DataConfig(train=("x",))
+    samples = tokenize(rows, build_prompt(config), word_tokenizer(adds_bos=False), config)
+    assert samples.report.kept == 1 and samples[0][-1] == EOS
