@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns 0, or 2 after printing what the user can mend."""
     given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
     try:
-        options = _parser().parse_args(given)
+        options = _parse(given)
         return options.run(options, given) or 0
     except BoneError as error:
         _report(error)
@@ -32,6 +32,17 @@ def _report(error: BoneError) -> None:
     if ranks and not ranks.is_first:
         time.sleep(5)
     print(f"bone-ds: {error}", file=sys.stderr, flush=True)
+
+
+def _parse(given: list[str]) -> argparse.Namespace:
+    """Overrides may stand before, between and after options, which argparse alone doesn't allow."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(given)
+    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -54,7 +54,7 @@ def tokenizer(source: Source):
 
 def build(source: Source, dtype: torch.dtype) -> nn.Module:
     """A LlamaForCausalLM with unset weights of `dtype` and our attention; called under `Placement.empty()`."""
-    config = checks.read_config(source.directory)
+    config = LlamaConfig.from_pretrained(source.directory)  # `open` has checked it
     config.use_cache = False
     config.attention_dropout = 0.0
     config._attn_implementation = attention.NAME

@@ -1,0 +1,367 @@
+"""Opening, building and loading models, and converting GGUF files."""
+
+import json
+import shutil
+import threading
+from contextlib import contextmanager
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from bone_ds.arch import Architecture
+from bone_ds.config import ModelConfig
+from bone_ds.errors import CheckpointError
+from llama_adapters import ARCHITECTURE, attention, checks, gguf_conversion
+
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192}
+VARIANTS = {
+    "gqa": {},
+    "tied": {"tie_word_embeddings": True},
+    "mha": {"num_key_value_heads": 4},
+    "llama3-rope": {"rope_parameters": LLAMA3_ROPE, "max_position_embeddings": 131072},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class WholeOnCpu:
+    """The simplest Placement; it notices parameters that are assigned twice."""
+
+    def __init__(self):
+        self.assigned = []
+
+    @contextmanager
+    def empty(self):
+        yield
+
+    def assign(self, param, tensor):
+        assert param.shape == tensor.shape and param.dtype == tensor.dtype
+        assert not any(param is other for other in self.assigned)
+        self.assigned.append(param)
+        with torch.no_grad():
+            param.copy_(tensor)
+
+
+def tiny_config(**changes) -> LlamaConfig:
+    return LlamaConfig(**{"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+                          "bos_token_id": 1, "eos_token_id": 2} | changes)
+
+
+def tiny_tokens() -> dict[str, int]:
+    """A byte-level vocabulary of the 96 tokens that the tiny models know."""
+    letters = [chr(code) for code in range(33, 125)]
+    return {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *letters, "ab"])}
+
+
+def save_tiny(directory, **changes) -> LlamaForCausalLM:
+    """A random model and a tokenizer, saved by transformers."""
+    torch.manual_seed(0)
+    shard = changes.pop("max_shard_size", "1GB")
+    dtype = changes.pop("dtype", torch.float32)
+    model = LlamaForCausalLM(tiny_config(**changes)).to(dtype)
+    for param in model.parameters():
+        torch.nn.init.normal_(param, std=0.2)
+    model.save_pretrained(directory, max_shard_size=shard)
+    tokenizer = Tokenizer(models.BPE(vocab=tiny_tokens(), merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(directory)
+    return model
+
+
+def opened(path, **changes):
+    return ARCHITECTURE.open(ModelConfig(path=str(path), **changes))
+
+
+def built_and_loaded(source, dtype=torch.float32):
+    placement = WholeOnCpu()
+    with placement.empty():
+        model = ARCHITECTURE.build(source, dtype)
+    for param in model.parameters():
+        param.data.fill_(float("nan"))
+    ARCHITECTURE.load(model, source, placement)
+    return model
+
+
+def logits(model, tokens):
+    return attention.hidden(model, tokens, (tokens.shape[1],)) @ ARCHITECTURE.head(model).T
+
+
+def test_it_is_an_architecture():
+    for name in vars(Architecture):
+        if not name.startswith("_"):
+            assert hasattr(ARCHITECTURE, name), name
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loaded_model_equals_plain_transformers(tmp_path, variant, shard):
+    save_tiny(tmp_path, max_shard_size=shard, **VARIANTS[variant])
+    source = opened(tmp_path)
+    model = built_and_loaded(source)
+    plain = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokens = torch.arange(3, 43)[None]
+    torch.testing.assert_close(logits(model, tokens), plain(input_ids=tokens).logits[0], rtol=1e-6, atol=1e-5)
+    assert ARCHITECTURE.weight_files(source) == sorted(tmp_path.glob("*.safetensors"))
+    assert all(param.isfinite().all() for param in model.parameters())
+    assert not model.config.use_cache
+
+
+def test_bf16_load_rounds_weights_but_not_rotary_tables(tmp_path):
+    whole = save_tiny(tmp_path, **VARIANTS["llama3-rope"])
+    model = built_and_loaded(opened(tmp_path), torch.bfloat16)
+    assert all(param.dtype == torch.bfloat16 for param in model.parameters())
+    assert torch.equal(model.model.embed_tokens.weight, whole.model.embed_tokens.weight.bfloat16())
+    assert torch.equal(model.model.rotary_emb.inv_freq, whole.model.rotary_emb.inv_freq)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_load_mends_rotary_tables_that_construction_rounded(tmp_path):
+    whole = save_tiny(tmp_path)
+    source = opened(tmp_path)
+    model = ARCHITECTURE.build(source, torch.bfloat16)
+    model.model.rotary_emb.to(torch.bfloat16)
+    ARCHITECTURE.load(model, source, WholeOnCpu())
+    assert torch.equal(model.model.rotary_emb.inv_freq, whole.model.rotary_emb.inv_freq)
+
+
+def test_the_attention_is_not_written_to_disk(tmp_path):
+    save_tiny(tmp_path / "model")
+    model = built_and_loaded(opened(tmp_path / "model"))
+    model.save_pretrained(tmp_path / "again")
+    assert attention.NAME not in (tmp_path / "again" / "config.json").read_text()
+    tokens = torch.arange(3, 20)[None]
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "again")
+    torch.testing.assert_close(again(input_ids=tokens).logits[0], logits(model, tokens), rtol=1e-6, atol=1e-5)
+
+
+def test_fingerprint_knows_the_model_and_not_its_files(tmp_path):
+    save_tiny(tmp_path / "one")
+    save_tiny(tmp_path / "sharded", max_shard_size="20KB")
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    save_tiny(tmp_path / "half", dtype=torch.bfloat16)
+    prints = {name: opened(tmp_path / name).fingerprint for name in ("one", "sharded", "copy", "half")}
+    assert prints["one"] == prints["sharded"] == prints["copy"] != prints["half"]
+
+    weights = (tmp_path / "copy" / "model.safetensors").read_bytes()
+    (tmp_path / "copy" / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    assert opened(tmp_path / "copy").fingerprint != prints["one"]
+
+
+def test_old_rotary_tables_and_a_copied_head_are_harmless(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save_tiny(tmp_path, tie_word_embeddings=True)
+    fingerprint = opened(tmp_path).fingerprint
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert opened(tmp_path).fingerprint == fingerprint
+
+
+def test_tokenizer(tmp_path):
+    save_tiny(tmp_path)
+    tokenizer = ARCHITECTURE.tokenizer(opened(tmp_path))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert tokenizer("ab").input_ids == [tiny_tokens()["a"], tiny_tokens()["b"]]
+
+
+def test_a_hub_id_is_recorded_with_its_commit(tmp_path, monkeypatch):
+    snapshot = tmp_path / "0123abcd"
+    save_tiny(snapshot)
+    asked = {}
+
+    def download(repo, **options):
+        asked.update(options, repo=repo)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    source = opened("someone/some-llama", revision="main")
+    assert (source.origin, source.revision, source.directory) == ("someone/some-llama", "0123abcd", snapshot)
+    assert asked["repo"] == "someone/some-llama" and asked["revision"] == "main"
+    assert not any("bin" in pattern or pattern.endswith(".py") for pattern in asked["allow_patterns"])
+
+
+def test_recognises(tmp_path):
+    save_tiny(tmp_path / "llama")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2"}')
+    assert ARCHITECTURE.recognises(str(tmp_path / "llama")) and ARCHITECTURE.recognises("someone/some-llama")
+    assert not ARCHITECTURE.recognises(str(tmp_path / "other")) and not ARCHITECTURE.recognises("model.pth")
+
+
+def llama_cpp_rows(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's own permutation of query and key rows, as its converter writes it."""
+    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+GGUF_NAMES = {hf: short for short, hf in gguf_conversion._LAYER_NAMES.items()}
+
+
+def gguf_tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
+    """The model's weights under llama.cpp's names and in its row order."""
+    outer = {hf: name for name, hf in gguf_conversion._OUTER_NAMES.items()}
+    tensors = {}
+    for name, param in model.named_parameters():
+        values = param.detach().numpy()
+        if "q_proj" in name:
+            values = llama_cpp_rows(values, model.config.num_attention_heads)
+        if "k_proj" in name:
+            values = llama_cpp_rows(values, model.config.num_key_value_heads)
+        if name not in outer:
+            _, _, layer, short, _ = name.replace("self_attn.", "self_attn:").replace("mlp.", "mlp:").split(".")
+            name = f"blk.{layer}.{GGUF_NAMES[short.replace(':', '.')]}.weight"
+        tensors[outer.get(name, name)] = values
+    return tensors
+
+
+def write_gguf(path, model, *, quantised=None, architecture="llama", extra=(), skip=()):
+    """The model and a byte-level tokenizer in one GGUF file."""
+    config = model.config
+    writer = GGUFWriter(path, architecture)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(list(tiny_tokens()))
+    writer.add_token_types([2, 3, 3] + [1] * 93)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    for name, values in (gguf_tensors(model) | dict(extra)).items():
+        if name in skip:
+            continue
+        if quantised is not None and values.ndim == 2:
+            writer.add_tensor(name, gguf.quantize(values, quantised), raw_dtype=quantised)
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def tiny_model(**changes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_config(**changes))
+
+
+@pytest.mark.parametrize("variant", ["gqa", "tied", "mha"])
+def test_gguf_converts_to_the_bit(tmp_path, variant, monkeypatch):
+    monkeypatch.setattr(gguf_conversion, "_SHARD_BYTES", 20_000)
+    model = tiny_model(**VARIANTS[variant])
+    write_gguf(tmp_path / "tiny.gguf", model)
+    source = opened(tmp_path / "tiny.gguf", dtype="fp32", cache_dir=str(tmp_path / "cache"))
+    assert len(ARCHITECTURE.weight_files(source)) > 1
+    loaded = dict(built_and_loaded(source).named_parameters())
+    for name, param in model.named_parameters():
+        assert torch.equal(loaded[name], param), name
+    tokenizer = ARCHITECTURE.tokenizer(source)
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    assert opened(tmp_path / "tiny.gguf", dtype="fp32", cache_dir=str(tmp_path / "cache")) == source
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_quantised_gguf_in_bf16(tmp_path):
+    model = tiny_model()
+    write_gguf(tmp_path / "tiny.gguf", model, quantised=GGMLQuantizationType.Q8_0)
+    source = opened(tmp_path / "tiny.gguf", dtype="bf16", cache_dir=str(tmp_path / "cache"))
+    assert json.loads((source.directory / "config.json").read_text())["dtype"] == "bfloat16"
+    loaded = dict(built_and_loaded(source, torch.bfloat16).named_parameters())
+    for name, param in model.named_parameters():
+        torch.testing.assert_close(loaded[name].float(), param.float(), rtol=2e-2, atol=1e-3, msg=name)
+
+
+def test_llama3_frequencies_are_recognised_in_a_gguf(tmp_path):
+    model, unscaled = tiny_model(head_dim=16, **VARIANTS["llama3-rope"]), tiny_model(head_dim=16)
+    factors = (unscaled.model.rotary_emb.inv_freq / model.model.rotary_emb.inv_freq).numpy()
+    write_gguf(tmp_path / "tiny.gguf", model, extra={"rope_freqs.weight": factors})
+    source = opened(tmp_path / "tiny.gguf", dtype="fp32", cache_dir=str(tmp_path / "cache"))
+    torch.testing.assert_close(built_and_loaded(source).model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+
+
+def test_unknown_frequency_scaling_is_refused(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", tiny_model(), extra={"rope_freqs.weight": np.float32([1, 2, 3, 4])})
+    with pytest.raises(CheckpointError, match="rope_freqs.weight"):
+        opened(tmp_path / "tiny.gguf", cache_dir=str(tmp_path / "cache"))
+
+
+def test_one_converts_and_the_others_wait(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "tiny.gguf", tiny_model())
+    write, writes, others = gguf_conversion._write, [], []
+
+    def convert():
+        return gguf_conversion.convert_once(tmp_path / "tiny.gguf", "fp32", tmp_path / "cache")
+
+    def write_while_another_waits(*args):
+        writes.append(args)
+        others.append(threading.Thread(target=convert))
+        others[0].start()
+        others[0].join(0.5)
+        assert others[0].is_alive(), "the other didn't wait"
+        write(*args)
+
+    monkeypatch.setattr(gguf_conversion, "_write", write_while_another_waits)
+    assert convert().is_dir()
+    others[0].join(20)
+    assert len(writes) == 1 and not others[0].is_alive()
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "tiny.gguf", tiny_model())
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf_conversion, "_write_shards", full_disk)
+    with pytest.raises(CheckpointError, match="No space left"):
+        opened(tmp_path / "tiny.gguf", cache_dir=str(tmp_path / "cache"))
+    assert all(path.suffix == ".lock" for path in (tmp_path / "cache").iterdir())
+
+
+def test_real_gguf_equals_transformers_to_the_bit(smollm2_gguf, tmp_path_factory):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    cache = tmp_path_factory.mktemp("cache")
+    source = opened(smollm2_gguf, dtype="fp32", cache_dir=str(cache))
+    model = built_and_loaded(source)
+    plain = AutoModelForCausalLM.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32,
+                                                 quantization_config=GgufConfig(dequantize=True))
+    theirs = dict(plain.named_parameters())
+    assert theirs.keys() == dict(model.named_parameters()).keys()
+    for name, param in model.named_parameters():
+        assert torch.equal(param, theirs[name]), name
+
+    tokenizer = ARCHITECTURE.tokenizer(source)
+    direct = AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
+    text = "Natalia sold 48 clips  in\nApril. <|im_end|> ü"
+    assert tokenizer(text).input_ids == direct(text).input_ids
+    assert tokenizer.chat_template == direct.chat_template is not None
+    assert (tokenizer.bos_token, tokenizer.eos_token) == (direct.bos_token, direct.eos_token) == ("<|im_start|>", "<|im_end|>")
+
+    tokens = torch.tensor([tokenizer(text).input_ids])
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model, tokens), plain(input_ids=tokens).logits[0], rtol=1e-5, atol=1e-4)
+    shutil.rmtree(cache)
