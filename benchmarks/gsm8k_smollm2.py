@@ -49,7 +49,7 @@ def _row(name: str, rate: float, overrides: list[str], steps: int, options: argp
         config.write_text(json.dumps({
             "model": {"path": str(options.model)},
             "data": {"train": str(options.data / "gsm8k_train.jsonl"), "eval": str(options.data / "gsm8k_test.jsonl"),
-                     "eval_samples": 8 if options.quick else 96, "fields": {"query": "question", "response": "answer"}},
+                     "eval_samples": 8 if options.quick else 64, "max_length": 384, "fields": {"query": "question", "response": "answer"}},
             "train": {"steps": steps, "global_batch_size": 2, "warmup_steps": steps // 15, "eval_every": steps // 2, "save_every": 0},
             "output": {"directory": "unset"},
         }))
