@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bone_ds.arch import Source
-from bone_ds.config import AdapterConfig, RunConfig
+from bone_ds.config import AdapterConfig, ModelConfig, RunConfig
 from bone_ds.errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -42,6 +43,11 @@ class Header:
                  "layers": None if self.layers is None else tuple(self.layers)}
         given |= {"grouping": self.grouping} if self.method == "bone" else {"alpha": self.alpha}
         return AdapterConfig.model_validate(given)
+
+    @property
+    def model(self) -> ModelConfig:
+        """The base as it lay in training."""
+        return ModelConfig(path=self.base, revision=self.base_revision, dtype=self.base_dtype, architecture=self.architecture)
 
 
 def header_of(config: RunConfig, architecture_name: str, targets: tuple[str, ...], source: Source, step: int) -> Header:
@@ -89,6 +95,8 @@ def by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _opened(path: Path):
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a directory; name its adapter.safetensors")
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
@@ -113,13 +121,15 @@ def _header(path: Path, metadata: dict[str, str]) -> Header:
         raise CheckpointError(f"{path}: its header's fields are wrong at {', '.join(odd)}")
     header = Header(**given)
     try:
-        header.adapter
-    except ValueError as error:
+        _ = header.adapter, header.model
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: its header describes no adapter: {_first_problem(error)}") from None
     return header
 
 
-def _first_problem(error: ValueError) -> str:
+def _first_problem(error: ValueError | TypeError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
     problem = error.errors()[0]
     return f"{'.'.join(map(str, problem['loc']))}: {problem['input']!r}: {problem['msg']}"
 

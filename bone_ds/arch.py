@@ -57,7 +57,7 @@ class Placement(Protocol):
         """Modules constructed inside get uninitialised parameters, placed."""
 
     def assign(self, param: nn.Parameter, tensor: Tensor) -> None:
-        """Copies a whole tensor into a placed parameter; every rank calls it, in the same order."""
+        """Copies a whole tensor into a placed parameter, in its dtype; every rank calls it, in the same order."""
 
 
 class Architecture(Protocol):

@@ -13,6 +13,7 @@ import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -90,14 +91,20 @@ def _write(directory: Path, parts: dict[str, dict[str, Tensor]], manifest: Manif
 def _read_manifest(path: Path) -> Manifest:
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
-        manifest = Manifest(**{field.name: given[field.name] for field in fields(Manifest)})
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is damaged: {error}") from None
-    if manifest.format_version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format_version {manifest.format_version!r} is not {FORMAT_VERSION}, the one this version reads")
-    return manifest
+    if not isinstance(given, dict):
+        raise CheckpointError(f"{path}: is damaged: it holds no JSON object")
+    if given.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format_version {given.get('format_version')!r} is not {FORMAT_VERSION}, the one this version reads")
+    for field in fields(Manifest):
+        value = given.get(field.name)
+        if type(value).__name__ != field.type or field.type == "int" and value < 0:
+            raise CheckpointError(f"{path}: is damaged: {field.name} is {value!r}")
+    return Manifest(**{field.name: given[field.name] for field in fields(Manifest)})
 
 
 def _read_state(path: Path, manifest: Manifest, engine: Engine) -> dict[str, dict[str, Tensor]]:
@@ -125,3 +132,5 @@ def _check(path: Path, part: str, tensors: dict[str, Tensor], engine: Engine) ->
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         if tuple(tensors[name].shape) != shape:
             raise CheckpointError(f"{path}: {part}/{name}: shape {tuple(tensors[name].shape)} is not the adapter's {shape}")
+        if not torch.isfinite(tensors[name]).all():
+            raise CheckpointError(f"{path}: {part}/{name}: holds NaN or infinite values")

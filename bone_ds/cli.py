@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bone_ds import __version__, launch
-from bone_ds.errors import BoneError
+from bone_ds.errors import BoneError, CheckpointError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from bone_ds.config import RunConfig
 
 USER_ERROR = 2
+KILLED = 128 + 9
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,6 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
     except BoneError as error:
         _report(error)
         return USER_ERROR
+    except RuntimeError as error:
+        if launch.current() and "by peer" in str(error):
+            time.sleep(5)  # the rank that is gone has said why, and the launcher ends this one
+        raise
     except KeyboardInterrupt:
         return 130
 
@@ -81,14 +91,38 @@ def _train(options: argparse.Namespace, given: list[str]) -> int:
     ranks = launch.current()
     if ranks is None:
         # What is wrong is said before the launcher and its imports are paid for.
-        RunDirectory.planned(config).check(config, options.resume)
+        try:
+            RunDirectory.planned(config).check(config, options.resume)
+            _check_paths(config)
+        except OSError as error:
+            raise ConfigError(f"{error.filename}: {error.strerror}") from None
         world_size = options.ranks if options.ranks is not None else launch.default_ranks()
         ds_json.resolve(config, max(1, world_size))
-        return launch.start(given, world_size)
+        code = launch.start(given, world_size)
+        if code == KILLED:
+            print("bone-ds: a rank was killed by signal 9, as the system does when memory runs out\n"
+                  "Lower data.max_length or train.micro_batch_size, or set train.activation_checkpointing: layer", file=sys.stderr)
+        return code
     from bone_ds.train import train
 
     train(config, ranks, options.resume)
     return 0
+
+
+def _check_paths(config: RunConfig) -> None:
+    """What is not there at all; what is wrong inside a file is found by those that read it."""
+    for field in ("train", "eval"):
+        for path in getattr(config.data, field):
+            if not Path(path).expanduser().exists():
+                raise DataError(f"data.{field}: {path}: there is no such file, looked in {Path(path).expanduser().absolute().parent}")
+    directory = Path(config.output.directory).expanduser().absolute()
+    above = next(path for path in (directory, *directory.parents) if path.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise ConfigError(f"output.directory: {config.output.directory}: can't be made, {above} is no directory to write to")
+    model = config.model.path
+    looks_like_a_path = model.startswith((".", "/", "~")) or model.endswith(".gguf") or model.count("/") > 1
+    if looks_like_a_path and not Path(model).expanduser().exists():
+        raise CheckpointError(f"model.path: {model}: there is no such file or directory")
 
 
 def _config(options: argparse.Namespace, given: list[str]) -> int:

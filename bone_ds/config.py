@@ -41,13 +41,16 @@ class ModelConfig(Section):
 
 class AdapterConfig(Section):
     method: Literal["bone", "lora"] = Field("bone", description="bone: block affine (the paper). lora: the baseline, through peft.")
-    grouping: Literal["row", "col"] = Field("row", description="Which blocks share a Bone matrix: row costs what LoRA costs, col is the paper's Llama setting.")
+    grouping: Literal["row", "col"] = Field(
+        "row", description="Which blocks share a Bone matrix: row costs what LoRA costs, col is the paper's Llama setting.")
     rank: int = Field(64, ge=1, description="Bone block size r, or LoRA rank.")
     alpha: float | None = Field(None, gt=0, description="LoRA scale numerator (scale = alpha / rank); default rank. Not for bone.")
     strategy: Literal["auto", "materialized", "checkpointed", "fused", "factored"] = Field(
         "auto", description="How Bone is computed, with equal results: auto takes factored for row and fused for col.")
-    targets: Texts | None = Field(None, description="Module names to adapt, for example [q_proj, v_proj]; default all of the architecture's.")
-    layers: Annotated[tuple[int, int], BeforeValidator(_as_tuple)] | None = Field(None, description="First and last layer to adapt, from 0, the last excluded; default all.")
+    targets: Texts | None = Field(
+        None, description="Module names to adapt, for example [q_proj, v_proj]; default all of the architecture's.")
+    layers: Annotated[tuple[int, int], BeforeValidator(_as_tuple)] | None = Field(
+        None, description="First and last layer to adapt, from 0, the last excluded; default all.")
 
 
 class DataConfig(Section):
@@ -56,10 +59,14 @@ class DataConfig(Section):
     train_samples: int | None = Field(None, ge=1, description="Use only the first so many rows of data.train.")
     eval_samples: int | None = Field(None, ge=1, description="Use only the first so many rows of data.eval.")
     prompt: Literal["metamath", "instruction", "template"] = Field(
-        "metamath", description="metamath: query/response. instruction: instruction/input/output. template: data.template and data.completion.")
-    fields: dict[str, str] = Field({}, description="The file's names for the prompt's fields, for example {query: question, response: answer}.")
-    template: str | None = Field(None, description="Prompt text with {field} places, for prompt: template.")
-    completion: str | None = Field(None, description="Completion text with {field} places, for prompt: template; it alone bears loss.")
+        "metamath",
+        description="metamath: query/response. instruction: instruction/input/output. template: data.template and data.completion.")
+    fields: dict[str, str] = Field(
+        {}, description="The file's names for the prompt's fields, for example {query: question, response: answer}.")
+    template: str | None = Field(
+        None, description="Prompt text with {field} places, for prompt: template.")
+    completion: str | None = Field(
+        None, description="Completion text with {field} places, for prompt: template; it alone bears loss.")
     max_length: int = Field(512, ge=8, description="Longest sample, and the size of a pack, in tokens.")
     overlong: Literal["truncate", "drop"] = Field("truncate", description="What happens to a longer sample; both are counted and reported.")
     packing: bool = Field(True, description="Fill packs of max_length tokens with whole samples; samples never see each other.")
@@ -82,8 +89,9 @@ class TrainConfig(Section):
     activation_checkpointing: Literal["none", "bone", "layer"] = Field(
         "none", description="Recomputed in backward: nothing, each Bone layer, or each whole layer.")
     loss_chunk: int = Field(512, ge=1, description="Loss-bearing positions whose logits are held at once.")
-    seed: int = Field(0, ge=0, description="Order of the data and initialisation.")
-    eval_every: int = Field(50, ge=0, description="Steps between held-out losses (also before the first and after the last step); 0 is never.")
+    seed: int = Field(0, ge=0, description="Order of the data, and LoRA's first matrix.")
+    eval_every: int = Field(
+        50, ge=0, description="Steps between held-out losses (also before the first and after the last step); 0 is never.")
     save_every: int = Field(100, ge=0, description="Steps between checkpoints (one is always written at the end); 0 is only at the end.")
     keep_checkpoints: int = Field(2, ge=1, description="How many of the latest checkpoints stay on disk.")
 
@@ -202,8 +210,10 @@ def _read_yaml(path: Path) -> dict:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds {type(tree).__name__}, not sections like model:, data:, output:")
-    return tree
+        found = "is empty" if tree is None else f"holds {_shortened(tree)}"
+        raise ConfigError(f"{path}: {found}, give sections like model:, data:, output:")
+    # A section with every line commented out is one of defaults.
+    return {section: {} if fields is None else fields for section, fields in tree.items()}
 
 
 def _apply_override(tree: dict, override: str) -> None:
@@ -222,15 +232,30 @@ def _apply_override(tree: dict, override: str) -> None:
     fields[field] = value
 
 
+_WORDING = {
+    "model_type": "is no section, give its fields below it, indented",
+    "dict_type": "give pairs, for example {query: question}",
+    "tuple_type": "give a list",
+    "too_short": "the list has too few items",
+    "too_long": "the list has too many items",
+    "string_type": "give text, in quotes where YAML takes it for something else",
+    "string_too_short": "is empty",
+    "bool_type": "give true or false",
+    "int_type": "give a whole number",
+    "float_type": "give a number",
+}
+"""By pydantic's kind of error, where its own words are about Python rather than YAML."""
+
+
 def _describe(detail: ErrorDetails) -> str:
     """One pydantic error as `field: what is wrong with which value`."""
     field = ".".join(map(str, detail["loc"]))
     nested = len(detail["loc"]) > 2
-    kind, value = detail["type"], detail["input"]
+    kind, value = detail["type"], list(detail["input"]) if isinstance(detail["input"], tuple) else detail["input"]
     if kind == "value_error":
         return str(detail["ctx"]["error"])
     if kind == "missing" and nested:
-        return f"{'.'.join(map(str, detail['loc'][:-1]))}: {_shortened(detail['input'])}: has too few items"
+        return f"{'.'.join(map(str, detail['loc'][:-1]))}: {_shortened(value)}: {_WORDING['too_short']}"
     if kind == "missing":
         return f"{field}: is missing ({_field_info(detail['loc']).description or 'a section'})"
     if kind == "extra_forbidden":
@@ -242,7 +267,7 @@ def _describe(detail: ErrorDetails) -> str:
         near = difflib.get_close_matches(str(value), re.findall(r"'([^']*)'", detail["ctx"]["expected"]), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"{field}: {value!r} is not one of {detail['ctx']['expected']}{hint}"
-    return f"{field}: {_shortened(value)}: {detail['msg'][0].lower() + detail['msg'][1:]}"
+    return f"{field}: {_shortened(value)}: {_WORDING.get(kind) or detail['msg'][0].lower() + detail['msg'][1:]}"
 
 
 def _shortened(value: Any) -> str:

@@ -22,6 +22,17 @@ _REFUSED = {
     "activation_checkpointing": "use train.activation_checkpointing; remove it",
     "amp": "training is in model.dtype: bf16 or fp32; remove it",
 }
+# Fields of zero_optimization that DeepSpeed documents and that training here has no objection to. It refuses unknown ones
+# itself, but only after the model has been loaded.
+_ZERO = {
+    "stage", "allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "ignore_unused_parameters",
+    "load_from_fp32_weights", "log_trace_cache_warnings", "memory_efficient_linear", "overlap_comm", "reduce_bucket_size",
+    "reduce_scatter", "stage3_allgather_sequential", "stage3_gather_16bit_weights_on_model_save",
+    "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_model_persistence_threshold",
+    "stage3_module_granularity_threshold", "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size",
+    "stage3_use_all_reduce_for_fetch_params", "sub_group_size", "use_multi_rank_bucket_allreduce", "zero_hpz_partition_size",
+    "zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zero_quantized_weights",
+}
 _REFUSED_IN_ZERO = {
     "offload_optimizer": "optimizer offload is not supported; remove it",
     "offload_param": "parameter offload is not supported; remove it",
@@ -82,13 +93,13 @@ def _read(name: str) -> tuple[str, dict]:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"deepspeed.config: {name!r} is neither one of {', '.join(ds_configs.NAMES)} nor a .json file{hint}")
     try:
-        given = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+        given = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats, parse_constant=_no_number)
     except OSError as error:
         raise ConfigError(f"deepspeed.config: {name}: can't be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"deepspeed.config: {name}: is no JSON: {error}") from None
     if not isinstance(given, dict):
-        raise ConfigError(f"deepspeed.config: {name}: holds {type(given).__name__}, not an object")
+        raise ConfigError(f"deepspeed.config: {name}: holds {given!r:.60}, not an object")
     return name, given
 
 
@@ -98,6 +109,10 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict:
         names = [key for key, _ in pairs]
         raise ValueError(f"{next(key for key in names if names.count(key) > 1)!r} stands twice")
     return mapping
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no JSON number")
 
 
 def _check_sections(origin: str, given: dict) -> None:
@@ -123,9 +138,16 @@ def _check_zero(origin: str, zero: object) -> None:
     for key, value in zero.items():
         if value == "auto":
             raise ConfigError(f"{origin}: zero_optimization.{key}: 'auto' is not filled in by anyone here; give a number")
-        offloads = isinstance(value, dict) and value.get("device", "none") != "none"
-        if key in _REFUSED_IN_ZERO and offloads:
-            raise ConfigError(f"{origin}: zero_optimization.{key}: {_REFUSED_IN_ZERO[key]}")
+        if key in _REFUSED_IN_ZERO:
+            off = value is None or isinstance(value, dict) and value.get("device") == "none"
+            if not off:
+                raise ConfigError(f"{origin}: zero_optimization.{key}: {_REFUSED_IN_ZERO[key]}")
+        elif key not in _ZERO:
+            near = difflib.get_close_matches(key, _ZERO, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "remove it"
+            raise ConfigError(f"{origin}: zero_optimization.{key}: is no field known here; {hint}")
+        elif isinstance(value, (dict, list, str)) or value is not None and value < 0:
+            raise ConfigError(f"{origin}: zero_optimization.{key}: {value!r} is neither true, false nor a number from 0 up")
 
 
 def _check_agreement(origin: str, given: dict, key: str, derived: tuple[object, str]) -> None:
@@ -133,6 +155,8 @@ def _check_agreement(origin: str, given: dict, key: str, derived: tuple[object, 
     if key not in given:
         return
     for path, theirs, ours in _leaves(key, given[key], value):
+        if ours is None:
+            raise ConfigError(f"{origin}: {path}: {theirs!r} would not be obeyed; remove it from the JSON")
         if theirs != ours:
             raise ConfigError(f"{origin}: {path}: {theirs!r} contradicts {field}, from which it would be {ours!r}; remove it from the JSON")
 

@@ -5,6 +5,9 @@ The one place that reads the environment.
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import json
 import os
 import signal
 import socket
@@ -14,6 +17,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bone_ds.errors import ConfigError
+
+# DeepSpeed's launcher, without its warning at import that this machine has no GPU.
+_QUIET_LAUNCHER = """
+import logging, runpy
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+runpy.run_module("deepspeed.launcher.launch", run_name="__main__", alter_sys=True)
+"""
 
 
 @dataclass(frozen=True)
@@ -46,18 +56,59 @@ def default_ranks() -> int:
 
 
 def start(arguments: list[str], ranks: int) -> int:
-    """Runs `python -m bone_ds ARGUMENTS` on so many local ranks under DeepSpeed's launcher; returns its exit code."""
+    """Runs `python -m bone_ds ARGUMENTS` on so many local ranks under DeepSpeed's launcher; returns its exit code.
+
+    The ranks end with this process: SIGINT, SIGTERM and SIGHUP are passed on, and nothing is left behind at return.
+    """
     if ranks < 1:
         raise ConfigError(f"--ranks: {ranks} is no number of ranks, give 1 or more")
-    command = [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(_free_port()),
-        "--no_local_rank", "--log_level", "critical", "--module", "bone_ds", *arguments]
-    process = subprocess.Popen(command)
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
+    return _run_to_its_end(_command(arguments, _devices(ranks)))
+
+
+def _command(arguments: list[str], devices: list[str]) -> list[str]:
+    """DeepSpeed's launcher of one host: what `deepspeed` itself starts here after it has looked for other hosts."""
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
+    return [
+        sys.executable, "-c", _QUIET_LAUNCHER, f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={_free_port()}",
+        "--no_local_rank", "--log_level=critical", "--module", "bone_ds", *arguments]
+
+
+def _devices(ranks: int, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """The GPU of each rank as CUDA_VISIBLE_DEVICES numbers them; the launcher makes it the ranks' own."""
+    if "CUDA_VISIBLE_DEVICES" not in environ:
+        return [str(index) for index in range(ranks)]
+    visible = [name.strip() for name in environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
+    if not visible or "-1" in visible:
+        return ["-1"] * ranks  # the GPUs are hidden on purpose
+    if ranks > len(visible):
+        raise ConfigError(f"--ranks: {ranks} is more than the {len(visible)} of CUDA_VISIBLE_DEVICES: {','.join(visible)}")
+    return visible[:ranks]
+
+
+def _run_to_its_end(command: list[str]) -> int:
+    """The command's exit code, or 128 + the signal that ended this process, the command or one of its ranks."""
+    received: list[int] = []
+    # A session of its own: a terminal's Ctrl-C reaches this process alone, which ends the others in order.
+    process = subprocess.Popen(command, start_new_session=True)
+
+    def pass_on(number: int, frame: object) -> None:
+        received.append(number)
+        process.terminate()
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+              if signal.getsignal(number) is not signal.SIG_IGN}
+    try:
+        code = process.wait()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        return 128 + received[0]
+    # DeepSpeed's launcher exits with a killed rank's -9, which the system makes 247.
+    killed_by = -code if code < 0 else 256 - code if code > 192 else 0
+    return 128 + killed_by if killed_by else code
 
 
 def _free_port() -> int:

@@ -6,15 +6,18 @@ import os
 import shutil
 from pathlib import Path
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bone_ds import adapter_file, arch, methods
 from bone_ds.adapter_file import Header
-from bone_ds.arch import Source
-from bone_ds.config import ModelConfig
-from bone_ds.errors import CheckpointError, ConfigError
+from bone_ds.arch import Architecture, Source
+from bone_ds.errors import CheckpointError, ConfigError, InjectionError
+from bone_ds.inject import inject
+
+_NOT_COPIED = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".lock")
 
 
 def merge(adapter_path: Path, out: Path, base: str | None = None, cache_dir: str | None = None) -> Source:
@@ -27,9 +30,10 @@ def merge(adapter_path: Path, out: Path, base: str | None = None, cache_dir: str
         raise ConfigError(f"--out: {out} exists already; name a directory to be made")
     header, tensors = adapter_file.read(adapter_path)
     source = open_base(header, adapter_path, base, cache_dir)
+    architecture = arch.load(header.architecture)
+    _check_fit(adapter_path, header, tensors, architecture, source)
     modules = adapter_file.by_module(tensors)
-    files = arch.load(header.architecture).weight_files(source)
-    _check_fit(adapter_path, header, modules, _shapes(files))
+    files = architecture.weight_files(source)
     aside = out.with_name(out.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -38,6 +42,8 @@ def merge(adapter_path: Path, out: Path, base: str | None = None, cache_dir: str
             _merge_file(file, aside / file.name, modules, header)
         _copy_the_rest(source.directory, aside, {file.name for file in files})
         os.replace(aside, out)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"--out: {out}: can't be written: {str(error).splitlines()[0]}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return source
@@ -45,35 +51,33 @@ def merge(adapter_path: Path, out: Path, base: str | None = None, cache_dir: str
 
 def open_base(header: Header, adapter_path: Path, base: str | None, cache_dir: str | None = None) -> Source:
     """The model the adapter was trained on. Raises CheckpointError where another one lies there."""
-    given = {"path": base or header.base, "dtype": header.base_dtype, "architecture": header.architecture}
-    given |= {"cache_dir": cache_dir} if cache_dir else {}
-    given |= {"revision": header.base_revision} if not base else {}
-    source = arch.load(header.architecture).open(ModelConfig(**given))
+    moved = {"path": base, "revision": None} if base else {}
+    model = header.model.model_copy(update=moved | ({"cache_dir": cache_dir} if cache_dir else {}))
+    source = arch.load(header.architecture).open(model)
     if source.fingerprint != header.base_fingerprint:
         raise CheckpointError(
             f"{adapter_path}: was trained on another base: fingerprint {header.base_fingerprint}, "
-            f"{given['path']} has {source.fingerprint}")
+            f"{model.path} has {source.fingerprint}")
     return source
 
 
-def _shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    return shapes
-
-
-def _check_fit(path: Path, header: Header, modules: dict[str, dict[str, Tensor]], shapes: dict[str, tuple[int, ...]]) -> None:
-    for module, tensors in modules.items():
-        shape = shapes.get(f"{module}.weight")
-        if shape is None:
-            raise CheckpointError(f"{path}: {module}: the base has no such layer")
-        expected = methods.tensor_shapes(*shape, header.adapter)
-        found = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
-        if found != expected:
+def _check_fit(path: Path, header: Header, tensors: dict[str, Tensor], architecture: Architecture, source: Source) -> None:
+    """The file holds exactly the tensors that injecting this adapter into this base would train."""
+    with torch.device("meta"):
+        model = architecture.build(source, torch.float32)
+    try:
+        expected = inject(model, architecture, header.adapter)
+    except InjectionError as error:
+        raise CheckpointError(f"{path}: does not fit {source.origin}: {error}") from None
+    for name in sorted(expected.keys() - tensors.keys()):
+        raise CheckpointError(f"{path}: {name}: is missing; the header's targets and layers include it")
+    for name in sorted(tensors.keys() - expected.keys()):
+        raise CheckpointError(f"{path}: {name}: {source.origin} has no such layer, or the header's targets and layers leave it out")
+    for name, tensor in tensors.items():
+        found, needed = tuple(tensor.shape), tuple(expected[name].shape)
+        if found != needed:
             grouping = f" with grouping {header.grouping!r}" if header.grouping else ""
-            raise CheckpointError(f"{path}: {module}: has {found}, a {shape[0]} x {shape[1]} layer{grouping} needs {expected}")
+            raise CheckpointError(f"{path}: {name}: has shape {found}, this layer{grouping} needs {needed}")
 
 
 def _merge_file(source: Path, target: Path, modules: dict[str, dict[str, Tensor]], header: Header) -> None:
@@ -90,7 +94,10 @@ def _merge_file(source: Path, target: Path, modules: dict[str, dict[str, Tensor]
 
 
 def _copy_the_rest(source: Path, target: Path, written: set[str]) -> None:
-    """Config, tokenizer, index; not the weights, and no directories."""
+    """Config, tokenizer, the shards' index; no other weights, which would be the unmerged ones, and no directories."""
+    sharded = "model.safetensors" not in written
     for path in source.iterdir():
-        if path.is_file() and path.name not in written and path.suffix != ".lock":
+        is_index = path.name.endswith(".index.json")
+        wanted = sharded and path.name == "model.safetensors.index.json" if is_index else path.suffix not in _NOT_COPIED
+        if path.is_file() and wanted:
             shutil.copy2(path, target / path.name)

@@ -7,7 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from bone_ds.bone.grouping import bone_shape, fits, largest_common_block
+from bone_ds.bone.grouping import fits, largest_common_block
 from bone_ds.bone.layer import BoneLinear
 from bone_ds.bone.reference import adapted_weight
 from bone_ds.config import AdapterConfig
@@ -29,13 +29,6 @@ def merged_weight(weight: Tensor, tensors: dict[str, Tensor], adapter: AdapterCo
 
 def lora_scale(adapter: AdapterConfig) -> float:
     return (adapter.alpha or adapter.rank) / adapter.rank
-
-
-def tensor_shapes(out_features: int, in_features: int, adapter: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of one layer's adapter tensors by their last name."""
-    if adapter.method == "bone":
-        return {"bone": bone_shape(adapter.grouping, out_features, in_features, adapter.rank)}
-    return {"lora_A": (adapter.rank, in_features), "lora_B": (out_features, adapter.rank)}
 
 
 def _adapt_with_bone(model: nn.Module, linears: dict[str, nn.Linear], adapter: AdapterConfig) -> dict[str, nn.Parameter]:
@@ -62,14 +55,15 @@ def _check_block_size(linears: dict[str, nn.Linear], adapter: AdapterConfig) -> 
         named = "; ".join(f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} ({out} x {in_})"
                           for (out, in_), names in misfits.items())
         usable = ", ".join(map(str, largest_common_block(list(shapes))[:4]))
-        raise InjectionError(f"adapter.rank: {adapter.rank} does not divide {named}\nThe largest block sizes that fit every target: {usable}")
+        raise InjectionError(
+            f"adapter.rank: {adapter.rank} does not divide {named}\nThe largest block sizes that fit every target: {usable}")
 
 
 def _adapt_with_lora(model: nn.Module, linears: dict[str, nn.Linear], adapter: AdapterConfig) -> dict[str, nn.Parameter]:
     from peft import LoraConfig, inject_adapter_in_model
 
     dtype = next(iter(linears.values())).weight.dtype
-    config = LoraConfig(r=adapter.rank, lora_alpha=lora_scale(adapter) * adapter.rank, target_modules=list(linears), lora_dropout=0.0)
+    config = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha or adapter.rank, target_modules=list(linears), lora_dropout=0.0)
     inject_adapter_in_model(config, model)
     trainable = {}
     for name in linears:

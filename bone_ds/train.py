@@ -16,7 +16,7 @@ from bone_ds.arch import Architecture, Source
 from bone_ds.config import RunConfig
 from bone_ds.data import GlobalOrder, Samples, collate, deal, load_samples
 from bone_ds.engine import Engine
-from bone_ds.errors import DataError
+from bone_ds.errors import CheckpointError, DataError
 from bone_ds.evaluate import HeldOut
 from bone_ds.inject import inject
 from bone_ds.launch import Ranks
@@ -51,6 +51,8 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False) -> RunResult:
         device = engines.device(ranks)
         architecture = arch.resolve(config.model)
         source = architecture.open(config.model)
+        if not engines.agree(source.fingerprint):
+            raise CheckpointError(f"model.path: {config.model.path}: the ranks found different weights; give every host the same model")
         samples, held_out_samples = _load_data(config, architecture, source)
         order = GlobalOrder(samples, config.data.packing, config.data.max_length, config.train.global_batch_size, config.train.seed)
         held_out = held_out_samples and HeldOut(held_out_samples, config.data.packing, config.data.max_length, ranks, device)
@@ -64,7 +66,8 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False) -> RunResult:
         engines.barrier()
         if ranks.is_first:
             run.create(config, ds)
-            run.record("start", step=first_step, steps=steps, world_size=ranks.world_size, **_provenance(engine, source, samples, held_out_samples))
+            run.record("start", step=first_step, steps=steps, world_size=ranks.world_size,
+                       **_provenance(engine, source, samples, held_out_samples))
         progress = Progress(run.log if ranks.is_first else None, steps, first_step)
         _announce(progress, engine, source, samples, held_out_samples)
         writer = _Writer(config, ranks, run, engine, architecture, source, samples)
@@ -87,8 +90,9 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False) -> RunResult:
             if ranks.is_first:
                 writer.record_step(done, window, result, rate, step_s, rates)
             if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-                raise DataError(f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}; checkpoints before it are whole\n"
-                                f"Lower train.learning_rate: {config.train.learning_rate}, or look for bad rows in {', '.join(config.data.train)}")
+                raise DataError(
+                    f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}; checkpoints before it are whole\n"
+                    f"Lower train.learning_rate: {config.train.learning_rate}, or look for bad rows in {', '.join(config.data.train)}")
             if config.train.eval_every and (done % config.train.eval_every == 0 or done == steps):
                 evaluation = _evaluate(held_out, engine, run, ranks, progress, done)
             if done == steps or config.train.save_every and done % config.train.save_every == 0:
@@ -103,7 +107,7 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False) -> RunResult:
 
 def build_engine(config: RunConfig, architecture: Architecture, source: Source, ds: dict, device: torch.device) -> Engine:
     """The model with its weights placed, the adapter injected, under DeepSpeed."""
-    placement = engines.placement.choose(ds, DTYPES[config.model.dtype], device)
+    placement = engines.placement.choose(ds, device)
     with placement.empty():
         model = architecture.build(source, DTYPES[config.model.dtype])
     architecture.load(model, source, placement)

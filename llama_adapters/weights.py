@@ -73,7 +73,7 @@ def load(model: nn.Module, source: Source, placement: Placement) -> None:
     with ExitStack() as stack:
         files = {path: stack.enter_context(_mapped(path)) for path in sorted({stored.file for stored in tensors.values()})}
         for name, param in model.named_parameters():
-            placement.assign(param, files[tensors[name].file].get_tensor(name).to(param.dtype))
+            placement.assign(param, files[tensors[name].file].get_tensor(name))
     _recompute_rotary_tables(model)
 
 

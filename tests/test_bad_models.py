@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_llama import save_tiny, tiny_model, write_gguf
 
 from bone_ds.config import ModelConfig
 from bone_ds.errors import CheckpointError
 from llama_adapters import ARCHITECTURE
-from tests.test_llama_weights import save_tiny, tiny_model, write_gguf
 
 
 @pytest.fixture(scope="module")

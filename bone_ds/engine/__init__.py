@@ -4,7 +4,7 @@ Facts about DeepSpeed 0.19 that shape this package:
 - its shared-memory reduction is compiled at first use and hangs on a stale lock, so it is switched off;
 - `backward(scale_wrt_gas=False)` and a hand-set accumulation boundary leave the loss's normalisation to the caller,
   while gradients are still averaged over ranks;
-- under ZeRO-3 a parameter is whole only inside a hook-driven gather, so weights are set through `GatheredParameters`;
+- under ZeRO-3 a parameter is whole only inside a hook-driven gather, so weights are set share by share;
 - at stage 0 in fp32 it keeps no gradient norm, and steps over NaN; in bf16 it takes one step before the first.
 """
 
@@ -107,7 +107,8 @@ class Engine:
             self.deepspeed.step()
             return float(self.deepspeed.get_global_grad_norm())
         # Without ZeRO the reduced gradients lie on the parameters, and a step over NaN would not be skipped.
-        norm = float(nn.utils.get_total_norm([parameter.grad for parameter in self.trainable.values()]))
+        norms = [torch.linalg.vector_norm(parameter.grad, dtype=torch.float32) for parameter in self.trainable.values()]
+        norm = float(torch.linalg.vector_norm(torch.stack(norms)))
         if math.isfinite(norm):
             self.deepspeed.step()
         return norm

@@ -19,6 +19,8 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from bone_ds.engine.placement import own_share
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PARTS = ("master", *MOMENTS)
 
@@ -122,10 +124,8 @@ def _set(engine, whole, parameter: nn.Parameter, part: str, value: Tensor) -> No
 
 def _shard(parameter: nn.Parameter, value: Tensor) -> Tensor:
     """This rank's share under ZeRO-3, padded: DeepSpeed's own setter refuses sizes that the ranks don't divide."""
-    size = parameter.ds_tensor.numel()
-    start = size * dist.get_rank(group=parameter.ds_process_group)
-    share = value.flatten()[start:start + size]
-    return F.pad(share, (0, size - share.numel()))
+    share = own_share(parameter, value)
+    return F.pad(share, (0, parameter.ds_tensor.numel() - share.numel()))
 
 
 def _refresh_parameters(engine, whole) -> None:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from bone_ds.data import word_problems as wp
+from bone_ds.demo import word_problems as wp
 from bone_ds.errors import DataError
 
 SETS = {"train": (wp.TRAIN_TEMPLATES, wp.TRAIN_NAMES), "held_out": (wp.HELD_OUT_TEMPLATES, wp.HELD_OUT_NAMES)}

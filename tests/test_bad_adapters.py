@@ -1,0 +1,178 @@
+"""Each way an adapter file can be wrong ends `bone-ds merge` with exit code 2, one or two lines, and no directory."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tiny_llama import random_adapter, save_tiny
+
+from bone_ds.cli import main
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole")
+    save_tiny(directory / "base")
+    random_adapter(directory / "base", directory / "row.safetensors", rank=8)
+    random_adapter(directory / "base", directory / "lora.safetensors", method="lora", rank=4)
+    return directory
+
+
+@pytest.fixture
+def refuse(tmp_path, capsys):
+    """Merges the adapter at `path`, which must be refused -> the message."""
+
+    def run(path, *options: str, out=tmp_path / "merged") -> str:
+        before = sorted(tmp_path.rglob("*"))
+        capsys.readouterr()
+        assert main(["merge", str(path), "--out", str(out), *options]) == 2
+        output = capsys.readouterr()
+        message = output.err.removesuffix("\n")
+        assert output.out == "" and message.startswith("bone-ds: ") and message.count("\n") < 2, message
+        assert sorted(tmp_path.rglob("*")) == before
+        return message
+
+    return run
+
+
+def rewritten(source, target, header=None, tensors=None):
+    """A copy with its header (or all metadata) and its tensors changed by functions."""
+    with safe_open(source, "pt") as file:
+        metadata = json.loads(file.metadata()["bone_ds"])
+        contents = {name: file.get_tensor(name) for name in file.keys()}
+    text = header(metadata) if header else None
+    if tensors:
+        tensors(contents)
+    save_file(contents, target, metadata={"bone_ds": text if isinstance(text, str) else json.dumps(metadata)})
+    return target
+
+
+def setting(**fields):
+    return lambda header: header.update(fields)
+
+
+HEADERS = {
+    "damaged": (lambda header: "{'rank': 8", ["header is damaged", "{'rank': 8"]),
+    "a list": (lambda header: "[1]", ["header is damaged", "[1]"]),
+    "later version": (setting(format_version=2), ["format_version 2", "is not 1"]),
+    "no version": (lambda header: header.pop("format_version") and None, ["header is damaged"]),
+    "missing field": (lambda header: header.pop("grouping") and None, ["fields are wrong at grouping"]),
+    "extra field": (setting(scale=2), ["fields are wrong at scale"]),
+    "unknown method": (setting(method="dora"), ["method", "'dora'"]),
+    "unknown grouping": (setting(grouping="left"), ["grouping", "'left'"]),
+    "unknown architecture": (setting(architecture="rwkv9"), ["architecture", "'rwkv9'"]),
+    "unknown dtype": (setting(base_dtype="fp16"), ["dtype", "'fp16'"]),
+    "a base that is a number": (setting(base=3), ["path", "3"]),
+    "no targets": (setting(targets=None), ["no adapter", "NoneType"]),
+    "a target that is a number": (setting(targets=[3]), ["targets.0", "3"]),
+    "layers that are a number": (setting(layers=1), ["no adapter", "int"]),
+    "rank as text": (setting(rank="8"), ["rank", "'8'"]),
+    "another rank": (setting(rank=16), ["down_proj.bone", "shape (8, 8, 8) does not fit rank 16"]),
+    "grouping relabelled": (setting(grouping="col"), ["down_proj.bone", "(8, 8, 8)", "grouping 'col' needs (4, 8, 8)"]),
+    "method relabelled": (setting(method="lora"), ["down_proj.bone", "'lora' has no such tensor"]),
+    "unknown target": (setting(targets=["q_proj", "c_attn"]), ["does not fit", "'c_attn'", "choose among q_proj"]),
+    "fewer targets": (setting(targets=["q_proj"]), ["layers.0.mlp.down_proj.bone", "targets and layers leave it out"]),
+    "fewer layers": (setting(layers=[0, 1]), ["layers.1.mlp.down_proj.bone", "targets and layers leave it out"]),
+    "more layers": (setting(layers=[0, 3]), ["does not fit", "[0, 3]", "2 layers"]),
+    "another base": (setting(base_fingerprint="0" * 64), ["another base", "0" * 64]),
+}
+Q1, K0 = "model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
+TENSORS = {
+    "none": (lambda tensors: tensors.clear(), ["holds no tensors"]),
+    "unknown layer": (lambda tensors: tensors.update({"model.layers.7.self_attn.q_proj.bone": torch.ones(4, 8, 8)}),
+                      ["layers.7", "no such layer"]),
+    "missing layer": (lambda tensors: tensors.pop(f"{Q1}.bone"), [f"{Q1}.bone: is missing"]),
+    "other shape": (lambda tensors: tensors.update({f"{K0}.bone": torch.ones(3, 8, 8)}), [K0, "(3, 8, 8)", "needs (4, 8, 8)"]),
+    "other blocks": (lambda tensors: tensors.update({f"{K0}.bone": torch.ones(4, 4, 4)}), [K0, "(4, 4, 4)", "rank 8"]),
+    "flat": (lambda tensors: tensors.update({f"{K0}.bone": torch.ones(32)}), [K0, "(32,)", "rank 8"]),
+    "NaN": (lambda tensors: tensors[f"{K0}.bone"][1, 2].fill_(float("nan")), [K0, "NaN"]),
+    "infinite": (lambda tensors: tensors[f"{Q1}.bone"][0, 0].fill_(float("inf")), [Q1, "infinite"]),
+    "other name": (lambda tensors: tensors.update({f"{K0}.disha": torch.ones(4, 8, 8)}), [f"{K0}.disha", "'bone' has no such tensor"]),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_header(whole, tmp_path, refuse, case):
+    header, says = HEADERS[case]
+    message = refuse(rewritten(whole / "row.safetensors", tmp_path / "adapter.safetensors", header=header))
+    assert "adapter.safetensors: " in message and all(part in message for part in says), message
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_tensors(whole, tmp_path, refuse, case):
+    tensors, says = TENSORS[case]
+    message = refuse(rewritten(whole / "row.safetensors", tmp_path / "adapter.safetensors", tensors=tensors))
+    assert "adapter.safetensors: " in message and all(part in message for part in says), message
+
+
+def test_a_block_size_that_does_not_divide(whole, tmp_path, refuse):
+    def shrink(tensors):
+        for name, tensor in tensors.items():
+            tensors[name] = torch.ones(tensor.shape[0] * 8 // 5, 5, 5)
+
+    message = refuse(rewritten(whole / "row.safetensors", tmp_path / "adapter.safetensors", header=setting(rank=5), tensors=shrink))
+    assert "adapter.safetensors: does not fit" in message and "rank: 5 does not divide" in message
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda tensors: tensors.pop(f"{Q1}.lora_B"), [f"{Q1}.lora_B: is missing"]),
+    (lambda tensors: tensors.update({f"{K0}.lora_A": torch.ones(4, 16)}), [f"{K0}.lora_A", "(4, 16)", "(4, 32)"]),
+    (lambda tensors: tensors.update({f"{K0}.lora_A": torch.ones(32, 4)}), [f"{K0}.lora_A", "(32, 4)", "rank 4"]),
+])
+def test_lora_tensors(whole, tmp_path, refuse, change, says):
+    message = refuse(rewritten(whole / "lora.safetensors", tmp_path / "adapter.safetensors", tensors=change))
+    assert all(part in message for part in says), message
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+NO_ADAPTER = {
+    "absent": (lambda path: path.unlink(), ["no such adapter file"]),
+    "a directory": (lambda path: (path.unlink(), path.mkdir()), ["is a directory"]),
+    "empty": (lambda path: path.write_bytes(b""), ["no safetensors file"]),
+    "text": (lambda path: path.write_text("adapter of the run, do not delete"), ["no safetensors file"]),
+    "a pickle": (lambda path: torch.save({"a": torch.ones(2)}, path), ["no safetensors file"]),
+    "truncated": (cut, ["no safetensors file", "damaged"]),
+    "no header": (lambda path: save_file({"a": torch.ones(2)}, path), ["no 'bone_ds' header"]),
+    "another's header": (lambda path: save_file({"a": torch.ones(2)}, path, metadata={"format": "pt"}), ["no 'bone_ds' header"]),
+}
+
+
+@pytest.mark.parametrize("case", NO_ADAPTER)
+def test_no_adapter_file(whole, tmp_path, refuse, case):
+    change, says = NO_ADAPTER[case]
+    path = tmp_path / "adapter.safetensors"
+    shutil.copy(whole / "row.safetensors", path)
+    change(path)
+    message = refuse(path)
+    assert str(path) in message and all(part in message for part in says), message
+
+
+def test_another_base(whole, tmp_path, refuse):
+    save_tiny(tmp_path / "other", hidden_size=64)
+    message = refuse(whole / "row.safetensors", "--base", str(tmp_path / "other"))
+    assert "another base" in message and str(tmp_path / "other") in message
+
+
+def test_base_missing(whole, tmp_path, refuse):
+    message = refuse(whole / "row.safetensors", "--base", str(tmp_path / "absent"))
+    assert str(tmp_path / "absent") in message
+    shutil.copytree(whole / "base", tmp_path / "base")
+    (tmp_path / "base/model.safetensors").unlink()
+    assert "model.safetensors" in refuse(whole / "row.safetensors", "--base", str(tmp_path / "base"))
+
+
+def test_out_exists(whole, tmp_path, refuse):
+    (tmp_path / "merged").mkdir()
+    assert "--out" in (message := refuse(whole / "row.safetensors")) and "exists already" in message
+
+
+def test_out_in_a_file(whole, tmp_path, refuse):
+    (tmp_path / "file").touch()
+    message = refuse(whole / "row.safetensors", out=tmp_path / "file/merged")
+    assert f"--out: {tmp_path}/file/merged" in message

@@ -1,0 +1,166 @@
+"""`bone-ds` as a shell runs it: quick where nothing is trained, and two lines at most where the user can mend what is wrong."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_llama import save_tiny
+
+from bone_ds import cli, launch
+from bone_ds.cli import main
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "transformers", "deepspeed", "peft", "datasets", "numpy")
+
+
+def shell(*arguments: str, directory: Path) -> subprocess.CompletedProcess:
+    environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [sys.executable, "-m", "bone_ds", *arguments], cwd=directory, capture_output=True, text=True, timeout=300,
+        env=environ | {"PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.parametrize("arguments, code", [
+    ([], 2), (["--help"], 0), (["--version"], 0), (["train", "--help"], 0), (["config"], 0), (["config", "absent.yaml"], 2),
+    (["train", "absent.yaml"], 2), (["train", "wrong.yaml", "--ranks", "2"], 2), (["merge", "--help"], 0),
+], ids=str)
+def test_quick_answers_import_nothing_heavy(tmp_path, arguments, code):
+    (tmp_path / "wrong.yaml").write_text("model: {path: m}\ndata: {trian: a.jsonl}\noutput: {directory: run}\n")
+    program = f"""
+import sys
+from bone_ds.cli import main
+try:
+    code = main({arguments!r})
+except SystemExit as end:
+    code = end.code or 0
+print([name for name in {HEAVY!r} if name in sys.modules], code, file=sys.stderr)
+"""
+    before_s = cpu_time_of_children_s()
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.stderr.splitlines()[-1] == f"[] {code}"
+    assert cpu_time_of_children_s() - before_s < 1.0  # half of it on a calm machine; the time on the clock depends on what else runs
+
+
+def cpu_time_of_children_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models")
+    save_tiny(directory / "whole")
+    save_tiny(directory / "broken")
+    config = json.loads((directory / "broken/config.json").read_text())
+    (directory / "broken/config.json").write_text(json.dumps(config | {"hidden_size": 48}))
+    return directory
+
+
+@pytest.fixture
+def run_directory(tmp_path, model):
+    """A directory with everything that a run needs, and a config of two steps on CPU."""
+    rows = [{"query": "ab" * n, "response": "cd"} for n in range(1, 9)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "run.yaml").write_text(f"""
+model: {{path: {model}/whole, dtype: fp32}}
+adapter: {{rank: 8}}
+data: {{train: train.jsonl, max_length: 256}}
+train: {{steps: 2, global_batch_size: 2, learning_rate: 1e-3}}
+output: {{directory: run}}
+""")
+    return tmp_path
+
+
+def refused(directory: Path, *arguments: str) -> str:
+    """The message of a run that must be refused and leave nothing behind."""
+    before = sorted(directory.rglob("*"))
+    done = shell("train", "run.yaml", *arguments, directory=directory)
+    assert done.returncode == 2, done.stderr
+    message = done.stderr.removesuffix("\n")
+    assert done.stdout == "" and message.startswith("bone-ds: ") and message.count("\n") < 2, done.stdout + done.stderr
+    assert sorted(directory.rglob("*")) == before
+    return message
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["train.stepz=5"], ["train.stepz", "did you mean 'steps'?"]),
+    (["deepspeed.config=ds.json"], ["ds.json: gradient_clipping: 5", "train.max_grad_norm"]),
+    (["data.train=[train.jsonl, gone.jsonl]"], ["data.train: gone.jsonl", "no such file"]),
+    (["data.eval=gone.jsonl"], ["data.eval: gone.jsonl", "no such file"]),
+    (["model.path=./gone"], ["model.path: ./gone", "no such file or directory"]),
+    (["model.path=gone.gguf"], ["model.path: gone.gguf", "no such file or directory"]),
+    (["--resume"], ["--resume", "run holds no run"]),
+    (["output.directory=old"], ["output.directory: old", "not empty", "--resume"]),
+    (["output.directory=old/notes"], ["output.directory: old/notes", "is a file"]),
+    (["output.directory=old/notes/run"], ["output.directory: old/notes/run", "old/notes is no directory"]),
+    ([f"output.directory={'x' * 300}"], ["xxx: File name too long"]),
+    (["--ranks", "3"], ["train.global_batch_size: 2", "3 ranks"]),
+], ids=str)
+def test_refused_before_the_launcher(run_directory, arguments, says):
+    (run_directory / "ds.json").write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 5}')
+    (run_directory / "old").mkdir()
+    (run_directory / "old/notes").touch()
+    ranks = [] if "--ranks" in arguments else ["--ranks", "1"]
+    message = refused(run_directory, *ranks, *arguments)
+    assert all(part in message for part in says), message
+
+
+@pytest.mark.parametrize("ranks, change, says", [
+    (1, "data.train=bad.jsonl", ["bad.jsonl:2", "not JSON"]),
+    (2, "model.path={model}/broken", ["broken", "has shape", "48"]),
+    (2, "adapter.rank=12", ["adapter.rank: 12 does not divide", "fit every target: 16, 8"]),
+], ids=str)
+def test_refused_by_the_ranks(run_directory, model, ranks, change, says):
+    (run_directory / "bad.jsonl").write_text('{"query": "a", "response": "b"}\n{"query": "c"\n')
+    message = refused(run_directory, "--ranks", str(ranks), change.format(model=model))
+    assert all(part in message for part in says), message
+
+
+def test_two_ranks_train_and_say_nothing_else(run_directory):
+    done = shell("train", "run.yaml", "--ranks", "2", directory=run_directory)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["model", "train", "step", "step", "done"], done.stdout
+    assert "step 2/2" in lines[3] and (run_directory / "run/adapter.safetensors").exists()
+    merged = shell("merge", "run/adapter.safetensors", "--out", "merged", directory=run_directory)
+    assert (merged.returncode, merged.stderr) == (0, "")
+    assert (run_directory / "merged/model.safetensors").exists()
+
+
+def test_a_rank_killed_for_memory_is_explained(run_directory, monkeypatch, capsys):
+    monkeypatch.chdir(run_directory)
+    monkeypatch.setattr(launch, "start", lambda arguments, ranks: 137)
+    assert main(["train", "run.yaml", "--ranks", "1"]) == 137
+    message = capsys.readouterr().err
+    assert "signal 9" in message and "data.max_length" in message and message.count("\n") == 2
+
+
+@pytest.mark.parametrize("environ, waits", [
+    ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, [5]), ({}, [])], ids=["rank", "no rank"])
+def test_a_rank_whose_peer_is_gone_leaves_the_word_to_it(monkeypatch, environ, waits):
+    waited = []
+
+    def lose_peer(options, given):
+        raise RuntimeError("Read error [127.0.0.1]:23429: Connection reset by peer")
+
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli, "_config", lose_peer)
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    with pytest.raises(RuntimeError, match="by peer"):
+        main(["config"])
+    assert waited == waits
+
+
+@pytest.mark.parametrize("arguments", [["trian", "a.yaml"], ["train"], ["merge", "a"], ["config", "--rank"],
+                                       ["train", "a.yaml", "--ranks", "two"]])
+def test_wrong_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("bone-ds")

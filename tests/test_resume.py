@@ -1,0 +1,241 @@
+"""A resumed run is the run that was never interrupted; a checkpoint that doesn't fit is refused."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+import yaml
+import zero_runs
+from safetensors.torch import load_file, save_file
+from torch import nn
+from zero_runs import MOVES, PAUSE, STAGES, WORLD_SIZES
+
+from bone_ds import checkpoint
+from bone_ds.errors import CheckpointError
+
+TIMEOUT_S = 600
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.getbasetemp() / "zero_runs"
+
+
+@pytest.fixture(scope="module")
+def runs(directory):
+    return zero_runs.outcomes(directory)
+
+
+@pytest.mark.parametrize("dtype", zero_runs.DTYPES)
+@pytest.mark.parametrize(("stage", "world_size"), [(stage, size) for size in WORLD_SIZES for stage in STAGES])
+def test_the_remaining_steps_are_equal_to_the_bit(runs, stage, world_size, dtype):
+    whole, resumed = (runs[f"row-{stage}-{dtype}{suffix}", world_size] for suffix in ("", "-resumed"))
+    assert len(whole["losses"]) == 6
+    assert resumed["evaluations"] == whole["evaluations"][1:]
+    assert resumed["losses"] == whole["losses"][3:]
+    assert resumed["norms"] == whole["norms"][3:]
+    torch.testing.assert_close(load_file(resumed["masters"]), load_file(whole["masters"]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_other_stages_and_world_sizes_go_on_from_the_same_state(runs, move):
+    origin, origin_world_size, _, target_world_size = MOVES[move]
+    tolerance = 5e-3 if "bf16" in move else 1e-5
+    whole, resumed = runs[origin, origin_world_size], runs[move, target_world_size]
+    assert resumed["losses"] == pytest.approx(whole["losses"][3:], rel=0, abs=tolerance)
+    assert resumed["norms"] == pytest.approx(whole["norms"][3:], rel=0, abs=tolerance)
+
+
+def test_a_checkpoint_holds_the_adapter_and_its_moments_and_no_other_weight(runs, directory):
+    for dtype in zero_runs.DTYPES:
+        for stage in STAGES:
+            path = zero_runs.checkpoints_of(directory, f"row-{stage}-{dtype}", 2) / PAUSE
+            adapter = load_file(runs[f"row-{stage}-{dtype}", 2]["masters"])
+            state = load_file(path / "state.safetensors")
+            assert {file.name for file in path.iterdir()} == {"manifest.json", "state.safetensors"}
+            assert state.keys() == {f"{part}/{name}" for part in ("master", "exp_avg", "exp_avg_sq") for name in adapter}
+            assert all(tensor.shape == adapter[key.partition("/")[2]].shape for key, tensor in state.items())
+            assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
+@pytest.fixture
+def saved(runs, directory, tmp_path):
+    """A copy of a checkpoint, and what of the engine is looked at before anything is restored."""
+    path = shutil.copytree(zero_runs.checkpoints_of(directory, "row-2-fp32", 2) / PAUSE, tmp_path / PAUSE)
+    adapter = load_file(runs["row-2-fp32", 2]["masters"])
+    engine = SimpleNamespace(trainable={name: nn.Parameter(tensor) for name, tensor in adapter.items()}, restore=nothing_may_be_restored)
+    fingerprint = json.loads((path / "manifest.json").read_text())["data_fingerprint"]
+    return SimpleNamespace(path=path, engine=engine, fingerprint=fingerprint)
+
+
+def nothing_may_be_restored(*_):
+    pytest.fail("the checkpoint was taken")
+
+
+def refusal(saved, fingerprint=None) -> str:
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.load(saved.path, saved.engine, fingerprint or saved.fingerprint)
+    message = str(error.value)
+    assert message.count("\n") <= 1 and str(saved.path) in message
+    return message
+
+
+def edit_manifest(saved, **changes):
+    manifest = json.loads((saved.path / "manifest.json").read_text()) | changes
+    (saved.path / "manifest.json").write_text(json.dumps({key: value for key, value in manifest.items() if value is not None}))
+
+
+def edit_state(saved, edit):
+    state = load_file(saved.path / "state.safetensors")
+    edit(state)
+    save_file(state, saved.path / "state.safetensors")
+    edit_manifest(saved, state_bytes=(saved.path / "state.safetensors").stat().st_size)
+
+
+def test_other_data_is_refused(saved):
+    assert "other training samples" in refusal(saved, fingerprint="0123456789abcdef")
+
+
+@pytest.mark.parametrize("kept", [0, 100, 5000])
+def test_a_truncated_state_is_refused(saved, kept):
+    state = saved.path / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:kept])
+    assert f"has {kept} bytes" in refusal(saved)
+
+
+def test_a_state_that_is_no_safetensors_file_is_refused(saved):
+    state = saved.path / "state.safetensors"
+    state.write_bytes(b"\xff" * state.stat().st_size)
+    assert "is damaged" in refusal(saved)
+
+
+def test_a_missing_state_is_refused(saved):
+    (saved.path / "state.safetensors").unlink()
+    assert "has no bytes" in refusal(saved)
+
+
+@pytest.mark.parametrize("key", ["step", "adam_step", "data_fingerprint", "world_size", "state_bytes"])
+def test_a_manifest_without_one_of_its_keys_is_refused(saved, key):
+    edit_manifest(saved, **{key: None})
+    message = refusal(saved)
+    assert "manifest.json: is damaged" in message and key in message
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", "\udcff"])
+def test_a_manifest_that_is_no_json_object_is_refused(saved, text):
+    (saved.path / "manifest.json").write_text(text, errors="surrogateescape")
+    assert "manifest.json: is damaged" in refusal(saved)
+
+
+@pytest.mark.parametrize(("key", "value"), [("step", "3"), ("step", -1), ("adam_step", 2.5), ("state_bytes", True)])
+def test_a_manifest_with_a_value_of_another_kind_is_refused(saved, key, value):
+    edit_manifest(saved, **{key: value})
+    message = refusal(saved)
+    assert "manifest.json: is damaged" in message and key in message
+
+
+@pytest.mark.parametrize("version", [2, "1", None])
+def test_another_format_is_refused(saved, version):
+    edit_manifest(saved, format_version=version)
+    assert f"format_version {version!r} is not 1" in refusal(saved)
+
+
+def test_another_adapter_is_refused(saved):
+    name = next(iter(saved.engine.trainable))
+    saved.engine.trainable[name] = nn.Parameter(torch.zeros(2, 18, 18))
+    assert f"{name}: shape (7, 9, 9) is not the adapter's (2, 18, 18)" in refusal(saved)
+    del saved.engine.trainable[name]
+    assert f"{name}: is missing from the run's adapter" in refusal(saved)
+    saved.engine.trainable["model.layers.7.extra.bone"] = nn.Parameter(torch.zeros(1, 9, 9))
+    assert "is missing from" in refusal(saved)
+
+
+@pytest.mark.parametrize("part", ["master", "exp_avg", "exp_avg_sq"])
+def test_a_state_with_a_tensor_too_few_or_not_finite_is_refused(saved, part):
+    name = f"{part}/{next(iter(saved.engine.trainable))}"
+    edit_state(saved, lambda state: state[name].view(-1)[5:6].fill_(float("nan")))
+    assert f"{name}: holds NaN or infinite values" in refusal(saved)
+    edit_state(saved, lambda state: state.pop(name))
+    assert f"{name}: is missing from the checkpoint" in refusal(saved)
+
+
+def test_a_half_written_checkpoint_is_never_taken_for_the_latest(saved):
+    beside = saved.path.parent
+    shutil.copytree(saved.path, beside / "step-00000009.partial")
+    (beside / "step-00000008").mkdir()
+    assert checkpoint.latest(beside) == saved.path
+    shutil.rmtree(saved.path)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        checkpoint.latest(beside)
+
+
+# The command line, under each launcher.
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def launched(launcher: list[str], *arguments) -> str:
+    """Standard output of a training command that has to succeed."""
+    done = subprocess.run([sys.executable, "-m", *launcher, *map(str, arguments)], capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def by_step(run, field="loss") -> dict[int, float]:
+    """Of the last time that each step was trained."""
+    events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
+    return {event["step"]: event[field] for event in events if event["event"] == "step"}
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """Five steps on two ranks from the command line: the config, the run's directory and what was printed."""
+    base = tmp_path_factory.mktemp("command")
+    model, rows = tiny.write_model(base / "model"), tiny.write_rows(base / "rows.jsonl")
+    tree = tiny.config_tree(model, rows, base / "run", train={"steps": 5, "save_every": 1, "keep_checkpoints": 3, "schedule": "cosine"},
+                            deepspeed={"config": "zero2"})
+    config = base / "config.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    printed = launched(["bone_ds"], "train", config, "--ranks", 2)
+    return SimpleNamespace(config=config, run=base / "run", printed=printed)
+
+
+def test_the_latest_checkpoints_stay(command):
+    assert [path.name for path in checkpoint.existing(command.run / "checkpoints")] == ["step-00000003", "step-00000004", "step-00000005"]
+
+
+def test_only_our_progress_is_printed(command):
+    assert command.printed == (command.run / "log.txt").read_text()
+
+
+def test_a_run_resumed_under_torchrun_is_equal_to_the_bit(command, tmp_path):
+    run = shutil.copytree(command.run, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "step-00000005")
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    (run / "adapter.safetensors").unlink()
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "bone_ds"]
+    launched(torchrun, "train", command.config, "--resume", f"output.directory={run}")
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "step"] == [1, 2, 3, 4, 5, 4, 5]
+    for field in ("loss", "grad_norm", "learning_rate"):
+        assert by_step(run, field) == by_step(command.run, field)
+    for name in ("adapter.safetensors", "checkpoints/step-00000005/state.safetensors"):
+        torch.testing.assert_close(load_file(run / name), load_file(command.run / name), rtol=0, atol=0)
+
+
+def test_the_deepspeed_launcher_trains_the_same(command, tmp_path):
+    deepspeed = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", free_port(), "--module", "bone_ds"]
+    launched(deepspeed, "train", command.config, f"output.directory={tmp_path / 'run'}")
+    losses = by_step(tmp_path / "run")
+    assert losses == by_step(command.run)
+    assert losses[1] - losses[5] > 0.1

@@ -1,0 +1,100 @@
+"""Training is the same at every ZeRO stage, world size and cut into micro-batches."""
+
+import pytest
+import torch
+import zero_runs
+from safetensors.torch import load_file
+from zero_runs import STAGES, WORLD_SIZES
+
+FP32_TOLERANCE = 1e-5
+LEAST_FALL = 0.1
+"""Of the loss over a run: 10,000 times the tolerance, so that runs which learn nothing don't pass for equal."""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return zero_runs.outcomes(tmp_path_factory.getbasetemp() / "zero_runs")
+
+
+def everywhere(stages=STAGES):
+    return pytest.mark.parametrize(("stage", "world_size"), [(stage, size) for size in WORLD_SIZES for stage in stages])
+
+
+def assert_equal_training(run, reference, tolerance=FP32_TOLERANCE, masters=True):
+    assert len(run["losses"]) == len(reference["losses"])
+    assert run["losses"][0] - run["losses"][-1] > LEAST_FALL
+    assert run["losses"] == pytest.approx(reference["losses"], rel=0, abs=tolerance)
+    assert run["norms"] == pytest.approx(reference["norms"], rel=0, abs=tolerance)
+    assert run["evaluations"] == pytest.approx(reference["evaluations"], rel=0, abs=tolerance)
+    if masters:
+        torch.testing.assert_close(load_file(run["masters"]), load_file(reference["masters"]), rtol=0, atol=tolerance)
+
+
+@everywhere()
+def test_every_stage_trains_alike_in_fp32(runs, stage, world_size):
+    assert_equal_training(runs[f"row-{stage}-fp32", world_size], runs["row-0-fp32", 1])
+
+
+@everywhere()
+def test_every_stage_trains_alike_in_bf16(runs, stage, world_size):
+    """Compared with fp32, so masters may differ by AdamW's steps on gradients that rounding has turned around."""
+    assert_equal_training(runs[f"row-{stage}-bf16", world_size], runs["row-0-fp32", 1], tolerance=5e-3, masters=False)
+
+
+@everywhere()
+@pytest.mark.parametrize("dtype", zero_runs.DTYPES)
+def test_the_gradients_asked_for_are_those_of_the_step(runs, stage, world_size, dtype):
+    run = runs[f"row-{stage}-{dtype}", world_size]
+    assert run["first_gradients_norm"] == pytest.approx(run["norms"][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["row-3-fp32", "row-3-fp32-resumed", "col-3", "idle-3"])
+def test_zero3_keeps_no_frozen_weight_whole_after_a_step_or_an_evaluation(runs, name):
+    assert runs[name, 2]["gathered"] == 0
+    assert runs["row-3-bf16", 2]["gathered"] > 0, "the shipped configuration keeps small ones, so whole ones are noticed"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bone_col_with_layers_recomputed(runs, stage):
+    assert_equal_training(runs[f"col-{stage}", 2], runs["col-0", 1])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bone_col_built_and_recomputed(runs, stage):
+    assert_equal_training(runs[f"built-{stage}", 2], runs["built-0", 1])
+    assert_equal_training(runs[f"built-{stage}", 2], runs["col-0", 1])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_lora(runs, stage):
+    assert_equal_training(runs[f"lora-{stage}", 2], runs["lora-0", 1])
+
+
+@everywhere(stages=(0, 3))
+@pytest.mark.parametrize("packing", ["packs", "samples"])
+def test_micro_batches_do_not_matter(runs, packing, stage, world_size):
+    """A rank's whole share in one forward pass, and one sample at a time."""
+    for size in (1, 8 // world_size):
+        assert_equal_training(runs[f"{packing}-of-{size}-{stage}", world_size], runs[f"{packing}-of-1-0", 1])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("name", "left"), [("ragged", 3), ("idle", 1)])
+def test_ranks_with_unequal_shares(runs, name, left, stage):
+    """The end of an epoch gives one rank two samples and the other one, or one and none."""
+    run = runs[f"{name}-{stage}", 2]
+    assert run["units"] == [8, left, 8, left]
+    assert_equal_training(run, runs[f"{name}-0", 1])
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_layer_without_gradient_is_named(runs, world_size):
+    """Behind an output projection of zeros, queries, keys and values change nothing."""
+    error = runs["starved", world_size]["error"]
+    assert error.startswith("InjectionError: model.layers.1.self_attn.q_proj: its adapter received no gradient")
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_weights_that_are_nan_are_noticed_in_the_first_step(runs, world_size):
+    error = runs["spoilt", world_size]["error"]
+    assert error.startswith("InjectionError: model.layers.") and "received a non-finite gradient" in error
