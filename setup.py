@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=["bone_ds", "bone_ds.bone", "bone_ds.data", "bone_ds.demo", "bone_ds.engine", "llama_adapters", "ds_configs"],
-    package_data={"ds_configs": ["*.json"], "bone_ds.bone": ["README.md"]},
+    package_data={"ds_configs": ["*.json"], "bone_ds": ["recipes/*.yaml"], "bone_ds.bone": ["README.md"]},
     # The ranges that the test suite has run on.
     install_requires=[
         "torch>=2.13,<2.14",
@@ -26,6 +26,10 @@ setup(
         "peft>=0.21.2,<0.22",
         "pydantic>=2.14,<3",
         "PyYAML>=6.0.3,<7",
+        # What those bring along anyway and the code names itself.
+        "filelock>=3,<5",
+        "huggingface_hub>=2.4,<3",
+        "numpy>=2.4,<3",
     ],
     extras_require={"test": ["pytest>=9.2,<10", "hypothesis>=6.170,<7"]},
     entry_points={"console_scripts": ["bone-ds = bone_ds.cli:main"]},

@@ -38,7 +38,8 @@ class Answers:
     right: list[bool]
     """Ends with `The answer is: N` and N is right."""
     last_number_right: list[bool]
-    """Whatever its form, the last number of the text is right: fairer to a model that was never shown the form."""
+    """Whatever its form, the last number of the text is right: fairer to a model that was never shown the form,
+    though such a one often has not finished within the tokens it is given."""
 
 
 def main() -> int:
@@ -112,7 +113,7 @@ def _report(config: RunConfig, questions: list[dict], before: Answers, after: An
     print("\nOn problems whose stories were not trained on:           before    after")
     print(f"  held-out loss (nats a token)                         {losses[0]:8.3f} {losses[-1]:8.3f}")
     print(f"  exact match (right, and said as `The answer is: N`)  {_share(before.right):>8} {_share(after.right):>8}")
-    print(f"  last number right, in whatever form                  "
+    print(f"  last number of 64 tokens right, in whatever form     "
           f"{_share(before.last_number_right):>8} {_share(after.last_number_right):>8}")
     print(f"\n{seconds:.0f} s in all. The run lies in {config.output.directory}, the merged model in {HOME / 'merged'}.")
 

@@ -57,125 +57,95 @@ TRAIN_NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry
                "Olivia", "Peter", "Ruth", "Sam", "Tina", "Victor")
 HELD_OUT_NAMES = ("Amir", "Bianca", "Diego", "Fatima", "Hana", "Ivan", "Keiko", "Lars", "Nadia", "Omar", "Priya", "Yusuf")
 
-TRAIN_TEMPLATES = (
-    Template(
-        "{name} picks {a} {thing} in the morning and {b} {thing} in the afternoon. How many {thing} does {name} pick in all?",
-        "In all, {name} picks {e1} {thing}.",
-        ("a + b",), {"a": (5, 20), "b": (5, 20)}, ("apples", "pears", "plums", "cherries")),
-    Template(
-        "{name} has {a} {thing}. A friend takes {b} of them. How many {thing} are left?",
-        "There are {e1} {thing} left.",
-        ("a - b",), {"a": (10, 30), "b": (3, 20)}, ("marbles", "stickers", "crayons", "balloons")),
-    Template(
-        "{name} buys {a} boxes of {thing}. Each box holds {b} {thing}. How many {thing} does {name} buy?",
-        "{a} boxes with {b} {thing} each hold {e1} {thing}.",
-        ("a * b",), {"a": (2, 9), "b": (3, 10)}, ("pencils", "candles", "light bulbs", "tea bags")),
-    Template(
-        "{name} shares {a} {thing} equally among {b} children. How many {thing} does each child get?",
-        "Each child gets {e1} {thing}.",
-        ("a / b",), {"a": (8, 30), "b": (2, 8)}, ("cookies", "grapes", "sweets", "strawberries")),
-    Template(
-        "{name} has {a} {thing} and gets {b} more for a birthday. Then {name} gives {c} {thing} to a cousin. "
-        "How many {thing} does {name} have now?",
-        "After the birthday {name} has {e1} {thing}. After the gift {name} has {e2} {thing}.",
-        ("a + b", "s1 - c"), {"a": (10, 30), "b": (3, 20), "c": (2, 20)}, ("toy cars", "comic books", "puzzles", "board games")),
-    Template(
-        "{name} buys {a} packs of {thing} with {b} in each pack. At home there are already {c} {thing}. "
-        "How many {thing} are there now?",
-        "The packs hold {e1} {thing}. With the ones at home there are {e2} {thing}.",
-        ("a * b", "s1 + c"), {"a": (2, 6), "b": (3, 8), "c": (3, 20)}, ("batteries", "napkins", "envelopes", "paper plates")),
-    Template(
-        "A shelf has {a} rows with {b} {thing} in each row. {name} takes {c} {thing} away. How many {thing} stay on the shelf?",
-        "At first the shelf has {e1} {thing}. Then {e2} {thing} stay.",
-        ("a * b", "s1 - c"), {"a": (2, 6), "b": (4, 9), "c": (2, 20)}, ("jars", "mugs", "bowls", "teapots")),
-    Template(
-        "{name} reads {a} pages on Monday and {b} pages on Tuesday. The {thing} has {c} pages. "
-        "How many pages does {name} still have to read?",
-        "So far {name} has read {e1} pages. There are {e2} pages still to read.",
-        ("a + b", "c - s1"), {"a": (5, 20), "b": (5, 20), "c": (18, 40)}, ("novel", "diary", "cookbook", "guidebook")),
-    Template(
-        "One of the {thing} costs {a} dollars. {name} buys {b} of them and pays with {c} dollars. "
-        "How many dollars does {name} get back?",
-        "The {thing} cost {e1} dollars. {name} gets {e2} dollars back.",
-        ("a * b", "c - s1"), {"a": (2, 9), "b": (2, 6), "c": (12, 40)}, ("caps", "scarves", "belts", "socks")),
-    Template(
-        "{name} has {a} {thing} and throws {b} broken ones away. The rest go into {c} equal bags. "
-        "How many {thing} are in each bag?",
-        "After that {e1} {thing} are good. Each bag has {e2} {thing}.",
-        ("a - b", "s1 / c"), {"a": (12, 30), "b": (2, 12), "c": (2, 6)}, ("nails", "buttons", "beads", "shells")),
-    Template(
-        "{name} saves {a} dollars each week for {b} weeks and then finds {c} dollars in a {thing}. "
-        "How many dollars does {name} have?",
-        "In {b} weeks {name} saves {e1} dollars. With the money found it is {e2} dollars.",
-        ("a * b", "s1 + c"), {"a": (2, 9), "b": (2, 6), "c": (2, 15)}, ("drawer", "coat", "suitcase", "piggy bank")),
-    Template(
-        "{name} counts {a} {thing} at a pond. {b} fly away and {c} new ones arrive. How many {thing} are at the pond now?",
-        "After some fly away there are {e1} {thing}. With the new ones there are {e2} {thing}.",
-        ("a - b", "s1 + c"), {"a": (12, 30), "b": (3, 20), "c": (2, 20)}, ("ducks", "geese", "swans", "herons")),
-    Template(
-        "{name} and a sister bake {a} {thing} together. They eat {b} and divide the others equally between the two of them. "
-        "How many {thing} does each of them take home?",
-        "After eating, {e1} {thing} are there. Each takes home {e2} {thing}.",
-        ("a - b", "s1 / 2"), {"a": (12, 30), "b": (2, 14)}, ("muffins", "pancakes", "waffles", "scones")),
-    Template(
-        "{name} runs {a} laps on Friday. On Saturday {name} runs twice as many laps around the {thing}. "
-        "How many laps does {name} run on both days?",
-        "On Saturday {name} runs {e1} laps. On both days it is {e2} laps.",
-        ("a * 2", "a + s1"), {"a": (3, 20)}, ("park", "track", "lake", "stadium")),
-    Template(
-        "There are {a} red {thing} and {b} blue {thing} in each of {c} crates. {name} carries all the crates. "
-        "How many {thing} does {name} carry?",
-        "One crate has {e1} {thing}. All the crates have {e2} {thing}.",
-        ("a + b", "s1 * c"), {"a": (2, 9), "b": (2, 9), "c": (2, 5)}, ("tiles", "bricks", "ropes", "hammers")),
-    Template(
-        "{name} starts the day with {a} {thing}, sells {b} before lunch and {c} after lunch, and then gets {d} more. "
-        "How many {thing} does {name} have at the end?",
-        "After the morning there are {e1} {thing}. After the afternoon there are {e2} {thing}. "
-        "At the end there are {e3} {thing}.",
-        ("a - b", "s1 - c", "s2 + d"), {"a": (15, 30), "b": (3, 12), "c": (3, 12), "d": (2, 20)},
-        ("newspapers", "sandwiches", "lemons", "melons")),
-    Template(
-        "{name} fills {a} trays with {b} {thing} each and {c} trays with {d} {thing} each. How many {thing} is that?",
-        "The first trays hold {e1} {thing}. The other trays hold {e2} {thing}. Together that is {e3} {thing}.",
-        ("a * b", "c * d", "s1 + s2"), {"a": (2, 5), "b": (3, 8), "c": (2, 5), "d": (3, 8)},
-        ("seedlings", "eggs", "dumplings", "meatballs")),
-)
+ONE_STEP, TWO_STEPS = "{e1}.", "First {e1}. Then {e2}."
 
-HELD_OUT_TEMPLATES = (
-    Template(
-        "In a museum {name} sees {a} {thing} in one room and {b} {thing} in the next. How many {thing} is that together?",
-        "Together that is {e1} {thing}.",
-        ("a + b",), {"a": (5, 20), "b": (5, 20)}, ("statues", "paintings", "vases")),
-    Template(
-        "A bus has {a} {thing} on board. At the stop of {name}, {b} {thing} get off and {c} {thing} get on. "
-        "How many {thing} are on the bus now?",
-        "After the stop {e1} {thing} stay. With the new ones there are {e2} {thing}.",
-        ("a - b", "s1 + c"), {"a": (12, 30), "b": (2, 12), "c": (2, 12)}, ("passengers", "tourists", "students")),
-    Template(
-        "{name} plants {a} beds with {b} {thing} in every bed, and {c} more {thing} along the fence. "
-        "How many {thing} does {name} plant?",
-        "The beds have {e1} {thing}. With the fence there are {e2} {thing}.",
-        ("a * b", "s1 + c"), {"a": (2, 5), "b": (3, 7), "c": (2, 14)}, ("tulips", "roses", "sunflowers")),
-    Template(
-        "For a school play {name} sews {a} {thing} in May and {b} {thing} in June. {c} of them do not fit anyone. "
-        "How many {thing} can be used?",
-        "In both months {name} sews {e1} {thing}. Of these {e2} {thing} can be used.",
-        ("a + b", "s1 - c"), {"a": (6, 20), "b": (6, 20), "c": (2, 12)}, ("costumes", "masks", "capes")),
-    Template(
-        "{name} needs {a} {thing} for every table at a wedding with {b} tables. {c} {thing} are already there. "
-        "How many {thing} are missing?",
-        "The tables need {e1} {thing}. {e2} {thing} are missing.",
-        ("a * b", "s1 - c"), {"a": (3, 8), "b": (2, 6), "c": (2, 20)}, ("chairs", "glasses", "forks")),
-    Template(
-        "On a farm {name} gathers {a} {thing} and loads them in equal parts on {b} carts. How many {thing} are on each cart?",
-        "Each cart has {e1} {thing}.",
-        ("a / b",), {"a": (8, 30), "b": (2, 6)}, ("pumpkins", "cabbages", "hay bales")),
-    Template(
-        "A ferry makes {a} trips before noon and {b} trips after noon. {name} counts {c} {thing} on every trip. "
-        "How many {thing} does the ferry carry that day?",
-        "The ferry makes {e1} trips. It carries {e2} {thing}.",
-        ("a + b", "s1 * c"), {"a": (2, 5), "b": (2, 5), "c": (2, 6)}, ("trucks", "bicycles", "vans")),
-)
+# By kind of calculation: numbers' ranges, then for each story its text and things. The last story of a kind is held out.
+_STORIES: dict[tuple[str, ...], tuple[dict[str, tuple[int, int]], tuple[tuple[str, tuple[str, ...]], ...]]] = {
+    ("a + b",): ({"a": (3, 20), "b": (3, 20)}, (
+        ("{name} picks {a} {thing} in the morning and {b} more {thing} in the afternoon. How many {thing} is that in all?",
+         ("apples", "pears", "plums")),
+        ("There are {a} {thing} on the table. {name} puts {b} more on it. How many {thing} are on the table now?",
+         ("plates", "spoons", "mugs")),
+        ("{name} reads {a} {thing} on Monday and {b} {thing} on Tuesday. How many {thing} is that together?",
+         ("pages", "letters", "poems")),
+        ("{name} finds {a} {thing} and a friend finds {b} {thing}. How many {thing} do they have in all?",
+         ("shells", "coins", "stones")),
+        ("In a museum {name} sees {a} {thing} in one room and {b} more in the next. How many {thing} is that in all?",
+         ("statues", "paintings", "vases")))),
+    ("a - b",): ({"a": (10, 40), "b": (3, 20)}, (
+        ("{name} has {a} {thing}. A friend takes {b} of them. How many {thing} are left?", ("marbles", "stickers", "crayons")),
+        ("{name} bakes {a} {thing} and sells {b} of them. How many {thing} are left?", ("muffins", "scones", "waffles")),
+        ("There are {a} {thing} on a pond. {b} of them fly away. How many {thing} stay?", ("ducks", "geese", "swans")),
+        ("{name} needs {a} {thing} and already has {b}. How many more {thing} does {name} need?", ("stamps", "tickets", "badges")),
+        ("A baker shows {name} {a} {thing}. {b} of them are gone by noon. How many {thing} are left?", ("loaves", "pretzels", "bagels")))),
+    ("a * b",): ({"a": (2, 6), "b": (2, 9)}, (
+        ("{name} buys {a} boxes of {thing}. Each box holds {b} {thing}. How many {thing} does {name} buy?",
+         ("pencils", "candles", "matches")),
+        ("A shelf has {a} rows with {b} {thing} in each row. How many {thing} are on the shelf?", ("jars", "bottles", "cans")),
+        ("{name} saves {b} {thing} each week for {a} weeks. How many {thing} is that?", ("dollars", "pennies", "tokens")),
+        ("Each of {a} children brings {b} {thing}. How many {thing} do the children bring?", ("balloons", "flags", "ribbons")),
+        ("{name} plants {a} beds with {b} {thing} in each bed. How many {thing} does {name} plant?", ("tulips", "roses", "lilies")))),
+    ("a / b",): ({"a": (6, 36), "b": (2, 6)}, (
+        ("{name} shares {a} {thing} equally among {b} children. How many {thing} does each child get?", ("cookies", "grapes", "sweets")),
+        ("{name} puts {a} {thing} into {b} equal bags. How many {thing} are in each bag?", ("nails", "buttons", "beads")),
+        ("{a} {thing} are divided equally over {b} shelves. How many {thing} are on each shelf?", ("novels", "atlases", "magazines")),
+        ("{name} cuts {a} {thing} for {b} guests, the same number for each. How many {thing} does each guest get?",
+         ("slices", "sandwiches", "cakes")),
+        ("On a farm {name} loads {a} {thing} equally on {b} carts. How many {thing} are on each cart?",
+         ("pumpkins", "cabbages", "turnips")))),
+    ("a + b", "s1 - c"): ({"a": (4, 20), "b": (3, 15), "c": (2, 15)}, (
+        ("{name} has {a} {thing}, gets {b} more, and then gives {c} away. How many {thing} does {name} have now?",
+         ("toy cars", "puzzles", "kites")),
+        ("{name} catches {a} {thing} and then {b} more. {c} of them swim away. How many {thing} are left?", ("crabs", "trout", "shrimps")),
+        ("A hall has {a} {thing}. {name} brings {b} more and breaks {c} of them. How many {thing} are left?",
+         ("benches", "stools", "lamps")),
+        ("{name} earns {a} {thing} and finds {b} more. Then {name} loses {c} of them. How many {thing} are left?",
+         ("points", "stars", "medals")),
+        ("For a play {name} sews {a} {thing} in May and {b} more in June. Then {c} of them are given away. How many {thing} are left?",
+         ("costumes", "masks", "capes")))),
+    ("a - b", "s1 + c"): ({"a": (10, 30), "b": (3, 15), "c": (2, 15)}, (
+        ("{name} has {a} {thing}, gives {b} away, and then buys {c} more. How many {thing} does {name} have now?",
+         ("pens", "erasers", "rulers")),
+        ("A tank holds {a} {thing}. {name} takes {b} of them out and puts {c} new ones in. How many {thing} are in the tank now?",
+         ("goldfish", "turtles", "snails")),
+        ("There are {a} {thing} in a field. {b} of them leave and {c} more come. How many {thing} are in the field now?",
+         ("sheep", "goats", "cows")),
+        ("{name} has {a} {thing}. {b} of them break, and {c} new ones arrive. How many {thing} are there now?",
+         ("bulbs", "glasses", "tiles")),
+        ("A bus carries {a} {thing}. When {name} looks, {b} of them leave and {c} more get on. How many {thing} are on the bus now?",
+         ("tourists", "students", "nurses")))),
+    ("a * b", "s1 + c"): ({"a": (2, 5), "b": (2, 7), "c": (2, 15)}, (
+        ("{name} buys {a} packs with {b} {thing} in each pack and already has {c} {thing}. How many {thing} is that in all?",
+         ("batteries", "napkins", "envelopes")),
+        ("{name} fills {a} trays with {b} {thing} in each tray. There are {c} more {thing} in a bowl. How many {thing} is that in all?",
+         ("eggs", "dumplings", "meatballs")),
+        ("{name} walks {b} {thing} on each of {a} days, and then {c} more. How many {thing} is that in all?",
+         ("miles", "blocks", "trails")),
+        ("There are {a} crates with {b} {thing} in each crate, and {c} more on the floor. How many {thing} is that in all?",
+         ("lemons", "melons", "onions")),
+        ("{name} parks {a} rows with {b} {thing} in each row, and {c} more by the gate. How many {thing} is that in all?",
+         ("bicycles", "scooters", "trucks")))),
+    ("a * b", "s1 - c"): ({"a": (2, 6), "b": (3, 8), "c": (2, 15)}, (
+        ("{name} buys {a} bags with {b} {thing} in each bag and eats {c} of them. How many {thing} are left?",
+         ("cherries", "almonds", "raisins")),
+        ("{name} sets {a} rows with {b} {thing} in each row. Then {c} of them are taken away. How many {thing} are left?",
+         ("chess pieces", "bowls", "vials")),
+        ("{a} hens lay {b} {thing} each. {name} sells {c} of them. How many {thing} are left?", ("brown eggs", "white eggs", "small eggs")),
+        ("{name} prints {a} sheets with {b} {thing} on each sheet and uses {c} of them. How many {thing} are left?",
+         ("labels", "cards", "photos")),
+        ("At a wedding {name} sets {a} tables with {b} {thing} at each table. Then {c} of them are used. How many {thing} are left?",
+         ("forks", "chairs", "menus")))),
+}
+
+
+def _templates(chosen: slice) -> tuple[Template, ...]:
+    return tuple(
+        Template(story, ONE_STEP if len(steps) == 1 else TWO_STEPS, steps, ranges, things)
+        for steps, (ranges, stories) in _STORIES.items() for story, things in stories[chosen])
+
+
+TRAIN_TEMPLATES = _templates(slice(None, -1))
+HELD_OUT_TEMPLATES = _templates(slice(-1, None))
 
 
 def generate(templates: Sequence[Template], names: Sequence[str], count: int, seed: int) -> list[Problem]:
@@ -216,7 +186,7 @@ def answer_of(text: str) -> int | None:
 
 def last_number(text: str) -> int | None:
     """The last integer anywhere in the text."""
-    numbers = re.findall(r"-?\d{1,3}(?:,\d{3})+|-?\d+", text)
+    numbers = re.findall(r"(?:(?<!\d)-)?(?:\d{1,3}(?:,\d{3})+|\d+)", text)
     return int(numbers[-1].replace(",", "")) if numbers else None
 
 
