@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -46,7 +47,8 @@ class Progress:
         if self.log is None:
             return
         if in_place:
-            print(f"\r\x1b[K{line}", end="", flush=True)
+            # A wrapped line could not be rewritten.
+            print(f"\r\x1b[K{line[:shutil.get_terminal_size().columns - 1]}", end="", flush=True)
         else:
             print(("\n" if self.open_line else "") + line, flush=True)
         self.open_line = in_place

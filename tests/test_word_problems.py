@@ -124,6 +124,7 @@ def test_the_answer_of_a_text(text, answer):
     assert wp.answer_of(text) == answer
 
 
-@pytest.mark.parametrize(("text", "number"), [("6 * 7 is 42.", 42), ("So 1,200 in all", 1200), ("10-3", 3), ("about -5", -5), ("none", None)])
+@pytest.mark.parametrize(("text", "number"), [
+    ("6 * 7 is 42.", 42), ("So 1,200 in all", 1200), ("10-3", 3), ("about -5", -5), ("none", None)])
 def test_the_last_number_of_a_text(text, number):
     assert wp.last_number(text) == number
