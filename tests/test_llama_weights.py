@@ -211,6 +211,7 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, monkeypatch):
     assert all(path.suffix == ".lock" for path in (tmp_path / "cache").iterdir())
 
 
+@pytest.mark.slow
 def test_real_gguf_equals_transformers_to_the_bit(smollm2_gguf, tmp_path_factory):
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
