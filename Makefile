@@ -1,4 +1,4 @@
-# Each target makes its own virtual environment if there is none: nothing has to be installed first but Python 3.10 or later.
+# Each target makes its own virtual environment if there is none: nothing has to be installed first but Python 3.11 or later.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,13 +12,14 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"
 
-# Longer checks, and those on a real model (fetched as for the demo).
+# Longer checks on the real model that `make demo` fetches; without it they are skipped, and say so.
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
-# torch first and exactly: the plain name would bring a CUDA build of several gigabytes. For a GPU, install your torch before.
-$(INSTALLED): setup.py
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+# torch first and exactly, so that a build which is at hand is taken rather than the newest one with its gigabytes of CUDA.
+# For a build of your own, make .venv and install it there before.
+$(INSTALLED): setup.py pyproject.toml
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $(INSTALLED)

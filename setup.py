@@ -11,7 +11,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=["bone_ds", "bone_ds.bone", "bone_ds.data", "bone_ds.demo", "bone_ds.engine", "llama_adapters", "ds_configs"],
     package_data={"ds_configs": ["*.json"], "bone_ds": ["recipes/*.yaml"], "bone_ds.bone": ["README.md"]},
     # The ranges that the test suite has run on.
@@ -30,6 +30,7 @@ setup(
         "filelock>=3,<5",
         "huggingface_hub>=2.4,<3",
         "numpy>=2.4,<3",
+        "pyarrow>=26,<27",
     ],
     extras_require={"test": ["pytest>=9.2,<10", "hypothesis>=6.170,<7"]},
     entry_points={"console_scripts": ["bone-ds = bone_ds.cli:main"]},

@@ -38,7 +38,8 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
             if options.json:
                 options.json.write_text(json.dumps({"provenance": _provenance(), "rows": rows}, indent=1) + "\n")
-    _report(rows)
+    if not options.quick:
+        _report(rows)
 
 
 def _row(name: str, rate: float, overrides: list[str], steps: int, options: argparse.Namespace) -> dict:
@@ -55,11 +56,12 @@ def _row(name: str, rate: float, overrides: list[str], steps: int, options: argp
         }))
         subprocess.run([sys.executable, "-m", "bone_ds", "train", str(config), "--ranks", "2", f"train.learning_rate={rate:g}",
                         f"output.directory={directory}", *overrides], check=True)
+        (directory / "commit").write_text(_commit())
     events = _events(directory)
     losses = [event["loss"] for event in events if event["event"] == "eval"]
     trained = [event for event in events if event["event"] == "step"]
     return {
-        "name": name, "learning_rate": rate, "steps": len(trained),
+        "name": name, "commit": (directory / "commit").read_text(), "learning_rate": rate, "steps": len(trained),
         "trainable_parameters": next(event["trainable_parameters"] for event in events if event["event"] == "start"),
         "held_out_loss": [round(loss, 4) for loss in losses],
         "train_loss_last_20": round(sum(event["loss"] for event in trained[-20:]) / len(trained[-20:]), 4),
@@ -68,7 +70,7 @@ def _row(name: str, rate: float, overrides: list[str], steps: int, options: argp
 
 
 def _finished(directory: Path) -> bool:
-    return (directory / "events.jsonl").exists() and _events(directory)[-1]["event"] == "end"
+    return (directory / "commit").exists()
 
 
 def _events(directory: Path) -> list[dict]:
@@ -88,12 +90,16 @@ def _report(rows: list[dict]) -> None:
 
 
 def _provenance() -> dict:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
     return {
-        "commit": commit.stdout.strip(), "python": platform.python_version(), "machine": platform.machine(),
+        "commit": _commit(), "python": platform.python_version(), "machine": platform.machine(),
         "processor": _processor(), "cores": len(os.sched_getaffinity(0)),
         "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers", "peft")},
     }
+
+
+def _commit() -> str:
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return described.stdout.strip()
 
 
 def _processor() -> str:

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bone_ds.arch import Source
 from bone_ds.config import AdapterConfig, ModelConfig, RunConfig
 from bone_ds.errors import CheckpointError
+from bone_ds.tensor_file import save_file
 
 FORMAT_VERSION = 1
 _KEY = "bone_ds"

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bone_ds import engine as engines
 from bone_ds.engine import Engine
 from bone_ds.engine.state import PARTS
 from bone_ds.errors import CheckpointError
+from bone_ds.tensor_file import save_file
 
 FORMAT_VERSION = 1
 _STATE, _MANIFEST = "state.safetensors", "manifest.json"
@@ -33,13 +33,14 @@ class Manifest:
     step: int
     """Optimizer steps done."""
     adam_step: int
+    base_fingerprint: str
     data_fingerprint: str
     """Of the tokenised training samples: their order is meaningless over others."""
     world_size: int
     state_bytes: int
 
 
-def save(directory: Path, engine: Engine, step: int, data_fingerprint: str, keep: int) -> dict[str, Tensor]:
+def save(directory: Path, engine: Engine, step: int, base_fingerprint: str, data_fingerprint: str, keep: int) -> dict[str, Tensor]:
     """Writes `step-N` aside, renames it, and removes all but the latest `keep`; returns the masters (on rank 0).
 
     Every rank calls it; rank 0 writes.
@@ -47,16 +48,18 @@ def save(directory: Path, engine: Engine, step: int, data_fingerprint: str, keep
     adam_step = engine.adam_step()
     parts = {part: engine.gather(part) for part in PARTS}
     if parts["master"]:
-        _write(directory, parts, Manifest(FORMAT_VERSION, step, adam_step, data_fingerprint, engine.world_size, 0))
+        _write(directory, parts, Manifest(FORMAT_VERSION, step, adam_step, base_fingerprint, data_fingerprint, engine.world_size, 0))
         for old in existing(directory)[:-keep]:
             shutil.rmtree(old)
     engines.barrier()
     return parts["master"]
 
 
-def load(path: Path, engine: Engine, data_fingerprint: str) -> int:
+def load(path: Path, engine: Engine, base_fingerprint: str, data_fingerprint: str) -> int:
     """Restores the engine and returns the number of steps done. Raises CheckpointError naming what does not fit."""
     manifest = _read_manifest(path / _MANIFEST)
+    if manifest.base_fingerprint != base_fingerprint:
+        raise CheckpointError(f"{path}: was trained on another base model than now lies at model.path")
     if manifest.data_fingerprint != data_fingerprint:
         raise CheckpointError(f"{path}: was written over other training samples; data files, prompt or tokenizer have changed")
     engine.restore(_read_state(path / _STATE, manifest, engine), manifest.adam_step)

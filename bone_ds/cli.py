@@ -21,7 +21,7 @@ KILLED = 128 + 9
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns 0, or 2 after printing what the user can mend."""
-    given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
+    given = _without_local_rank(sys.argv[1:] if arguments is None else arguments)
     try:
         options = _parse(given)
         return options.run(options, given) or 0
@@ -34,6 +34,17 @@ def main(arguments: list[str] | None = None) -> int:
         raise
     except KeyboardInterrupt:
         return 130
+
+
+def _without_local_rank(arguments: list[str]) -> list[str]:
+    """Launchers put `--local_rank=N` or `--local_rank N` anywhere; the environment says the same."""
+    kept, words = [], iter(arguments)
+    for word in words:
+        if word in ("--local_rank", "--local-rank"):
+            next(words, None)
+        elif not word.startswith(("--local_rank=", "--local-rank=")):
+            kept.append(word)
+    return kept
 
 
 def _report(error: BoneError) -> None:
@@ -88,21 +99,23 @@ def _train(options: argparse.Namespace, given: list[str]) -> int:
     from bone_ds.run_directory import RunDirectory
 
     config = load_config(options.config, options.overrides)
+    # What is wrong is said before the launcher and its imports are paid for.
+    try:
+        RunDirectory.planned(config).check(config, options.resume)
+        _check_paths(config)
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror}") from None
     ranks = launch.current()
     if ranks is None:
-        # What is wrong is said before the launcher and its imports are paid for.
-        try:
-            RunDirectory.planned(config).check(config, options.resume)
-            _check_paths(config)
-        except OSError as error:
-            raise ConfigError(f"{error.filename}: {error.strerror}") from None
-        world_size = options.ranks if options.ranks is not None else launch.default_ranks()
+        world_size = options.ranks if options.ranks is not None else max(1, launch.count_gpus())
         ds_json.resolve(config, max(1, world_size))
         code = launch.start(given, world_size)
         if code == KILLED:
             print("bone-ds: a rank was killed by signal 9, as the system does when memory runs out\n"
                   "Lower data.max_length or train.micro_batch_size, or set train.activation_checkpointing: layer", file=sys.stderr)
         return code
+    if options.ranks not in (None, ranks.world_size):
+        raise ConfigError(f"--ranks: {options.ranks}, but the launcher started {ranks.world_size}; leave it out under a launcher")
     from bone_ds.train import train
 
     train(config, ranks, options.resume)

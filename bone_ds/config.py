@@ -14,8 +14,6 @@ from pydantic_core import ErrorDetails
 
 from bone_ds.errors import ConfigError
 
-SHIPPED_DS_CONFIGS = ("zero0", "zero1", "zero2", "zero3")
-
 
 def _as_tuple(value: Any) -> Any:
     """YAML knows lists alone, and one path may stand without a list."""
@@ -89,7 +87,7 @@ class TrainConfig(Section):
     activation_checkpointing: Literal["none", "bone", "layer"] = Field(
         "none", description="Recomputed in backward: nothing, each Bone layer, or each whole layer.")
     loss_chunk: int = Field(512, ge=1, description="Loss-bearing positions whose logits are held at once.")
-    seed: int = Field(0, ge=0, description="Order of the data, and LoRA's first matrix.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Order of the data, and LoRA's first matrix.")
     eval_every: int = Field(
         50, ge=0, description="Steps between held-out losses (also before the first and after the last step); 0 is never.")
     save_every: int = Field(100, ge=0, description="Steps between checkpoints (one is always written at the end); 0 is only at the end.")
@@ -160,10 +158,15 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 with two repairs: 1e-4 is a number, and a key given twice is an error."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)$"),
-    list("-+0123456789"))
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader` would read as a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)$"),
+        list("-+0123456789"))
 
 
 def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict:
@@ -289,15 +292,10 @@ def _field_info(location: tuple):
 
 def dump_yaml(config: RunConfig) -> str:
     """The whole configuration as YAML that `load_config` reads back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_unset=False, exclude_none=True) | _unset_guard(config),
-                          sort_keys=False, allow_unicode=True)
-
-
-def _unset_guard(config: RunConfig) -> dict:
-    """Fields that are refused for the other method are left out rather than written with their defaults."""
-    if config.adapter.method != "lora":
-        return {}
-    return {"adapter": config.adapter.model_dump(mode="json", exclude={"grouping", "strategy"}, exclude_none=True)}
+    tree = config.model_dump(mode="json", exclude_none=True)
+    if config.adapter.method == "lora":  # given at all, Bone's fields are refused for it
+        del tree["adapter"]["grouping"], tree["adapter"]["strategy"]
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def describe_fields() -> str:

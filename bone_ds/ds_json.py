@@ -1,4 +1,4 @@
-"""RunConfig -> the complete DeepSpeed JSON. Pure: the engine and the memory plan both read its result."""
+"""RunConfig -> the complete DeepSpeed JSON. Pure: nothing else decides what DeepSpeed is told."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bone_ds.errors import ConfigError
 # Sections that DeepSpeed itself obeys without more code here. DeepSpeed ignores unknown ones silently, so they are refused.
 _OBEYED = {
     "zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "wall_clock_breakdown",
-    "steps_per_print", "memory_breakdown", "dump_state", "flops_profiler", "comms_logger", "tensorboard", "wandb",
+    "flops_profiler", "comms_logger", "tensorboard", "wandb",
     "csv_monitor", "data_types",
 }
 _REFUSED = {
@@ -50,7 +50,7 @@ def resolve(config: RunConfig, world_size: int) -> dict:
     derived = _derived(config, world_size)
     for key, value in derived.items():
         _check_agreement(origin, given, key, value)
-    return given | {key: value for key, (value, _) in derived.items()} | {"steps_per_print": given.get("steps_per_print", 10**9)}
+    return given | {key: value for key, (value, _) in derived.items()} 
 
 
 def stage(resolved: dict) -> int:
@@ -81,6 +81,7 @@ def _derived(config: RunConfig, world_size: int) -> dict[str, tuple[object, str]
         "optimizer": ({"type": "AdamW", "params": {
             "lr": train.learning_rate, "betas": [train.beta1, train.beta2], "eps": train.eps,
             "weight_decay": train.weight_decay, "torch_adam": True}}, "train.learning_rate, beta1, beta2, eps, weight_decay"),
+        "steps_per_print": (10**9, "the progress line, which is ours"),
     }
 
 
@@ -117,7 +118,8 @@ def _no_number(text: str) -> None:
 
 def _check_sections(origin: str, given: dict) -> None:
     known = _OBEYED | set(_REFUSED) | {
-        "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16", "optimizer"}
+        "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16", "optimizer",
+        "steps_per_print"}
     for key, value in given.items():
         if key in _REFUSED and not (key in ("fp16", "amp") and isinstance(value, dict) and not value.get("enabled", True)):
             raise ConfigError(f"{origin}: {key}: {_REFUSED[key]}")

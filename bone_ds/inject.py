@@ -23,6 +23,11 @@ def inject(model: nn.Module, architecture: Architecture, adapter: AdapterConfig)
     return methods.adapt(model, linears, adapter)
 
 
+def check(model: nn.Module, architecture: Architecture, adapter: AdapterConfig) -> None:
+    """Raises what `inject` would, and changes nothing."""
+    methods.check(select(model, architecture, adapter), adapter)
+
+
 def select(model: nn.Module, architecture: Architecture, adapter: AdapterConfig) -> dict[str, nn.Linear]:
     """The linear modules to adapt, by their full names, in model order."""
     targets = _targets(architecture, adapter)

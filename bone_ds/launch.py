@@ -48,11 +48,10 @@ def current(environ: Mapping[str, str] = os.environ) -> Ranks | None:
     return Ranks(int(environ["RANK"]), int(environ["LOCAL_RANK"]), int(environ["WORLD_SIZE"]), int(local_world_size))
 
 
-def default_ranks() -> int:
-    """All GPUs of this machine, or 1."""
+def count_gpus() -> int:
     import torch
 
-    return max(1, torch.cuda.device_count())
+    return torch.cuda.device_count()
 
 
 def start(arguments: list[str], ranks: int) -> int:
@@ -76,6 +75,9 @@ def _command(arguments: list[str], devices: list[str]) -> list[str]:
 def _devices(ranks: int, environ: Mapping[str, str] = os.environ) -> list[str]:
     """The GPU of each rank as CUDA_VISIBLE_DEVICES numbers them; the launcher makes it the ranks' own."""
     if "CUDA_VISIBLE_DEVICES" not in environ:
+        gpus = count_gpus()
+        if 0 < gpus < ranks:
+            raise ConfigError(f"--ranks: {ranks} is more than the {gpus} GPUs of this machine")
         return [str(index) for index in range(ranks)]
     visible = [name.strip() for name in environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
     if not visible or "-1" in visible:

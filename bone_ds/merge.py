@@ -1,4 +1,4 @@
-"""base + adapter -> a plain model directory, file by file: fp32 arithmetic, one cast, nothing held whole."""
+"""base + adapter -> a plain model directory, file by file: fp32 arithmetic, one cast, no more than one file held."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bone_ds import adapter_file, arch, methods
@@ -16,6 +15,7 @@ from bone_ds.adapter_file import Header
 from bone_ds.arch import Architecture, Source
 from bone_ds.errors import CheckpointError, ConfigError, InjectionError
 from bone_ds.inject import inject
+from bone_ds.tensor_file import save_file
 
 _NOT_COPIED = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".lock")
 

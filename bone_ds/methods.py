@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-import torch
 from torch import Tensor, nn
 
 from bone_ds.bone.grouping import fits, largest_common_block
@@ -32,7 +31,7 @@ def lora_scale(adapter: AdapterConfig) -> float:
 
 
 def _adapt_with_bone(model: nn.Module, linears: dict[str, nn.Linear], adapter: AdapterConfig) -> dict[str, nn.Parameter]:
-    _check_block_size(linears, adapter)
+    check(linears, adapter)
     trainable = {}
     for name, linear in linears.items():
         layer = BoneLinear(linear, adapter.rank, adapter.grouping, adapter.strategy)
@@ -46,7 +45,10 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, layer)
 
 
-def _check_block_size(linears: dict[str, nn.Linear], adapter: AdapterConfig) -> None:
+def check(linears: dict[str, nn.Linear], adapter: AdapterConfig) -> None:
+    """Raises InjectionError where Bone's block size does not divide every layer; LoRA's rank fits any."""
+    if adapter.method != "bone":
+        return
     shapes = defaultdict(list)
     for name, linear in linears.items():
         shapes[linear.out_features, linear.in_features].append(name)
@@ -75,5 +77,4 @@ def _adapt_with_lora(model: nn.Module, linears: dict[str, nn.Linear], adapter: A
         parameter.requires_grad_(False)
     for parameter in trainable.values():
         parameter.requires_grad_(True)
-    assert all(torch.is_floating_point(p) for p in trainable.values())
     return trainable

@@ -3,7 +3,8 @@
 `events.jsonl` is append-only, one JSON object a line. Every line has `event` and `time` (seconds since 1970). By event:
 
 - `start`: `step`, `steps`, `world_size`, `trainable_parameters`, `data` and `eval` (counts of rows, kept, truncated,
-  dropped, label-less), `model` (origin, revision, fingerprint), `versions`, `resumed_from`
+  dropped, label-less), `model` (origin, revision, fingerprint), `versions`; a resumed run has one for each start, whose
+  `step` is where it went on
 - `step`: `step` (1 is the first), `epoch`, `loss` (nats, mean over the loss-bearing tokens of the global batch),
   `learning_rate`, `grad_norm` (before clipping), `step_s`, `tokens` and `label_tokens` of the global batch,
   `positions_per_s`, `tokens_per_s`, `label_tokens_per_s`, `memory_gib` (rank 0, high-water)
@@ -15,6 +16,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -60,8 +62,20 @@ class RunDirectory:
 
     def create(self, config: RunConfig, ds: dict) -> None:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
-        (self.path / "deepspeed.json").write_text(json.dumps(ds, indent=2) + "\n", encoding="utf-8")
+        self._replace("config.yaml", dump_yaml(config))
+        self._replace("deepspeed.json", json.dumps(ds, indent=2) + "\n")
+        self._end_torn_line()
+
+    def _replace(self, name: str, text: str) -> None:
+        aside = self.path / f"{name}.partial"
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, self.path / name)
+
+    def _end_torn_line(self) -> None:
+        """A run that was killed may have left half a line: it stays, on a line of its own."""
+        if self.events.exists() and not self.events.read_bytes().endswith(b"\n"):
+            with self.events.open("a", encoding="utf-8") as file:
+                file.write("\n")
 
     def record(self, event: str, **fields) -> None:
         line = json.dumps({"event": event, "time": round(time.time(), 3)} | fields)

@@ -48,7 +48,9 @@ def _check_every_layer_learns(engine: Engine) -> None:
     largest: dict[str, float] = {}
     for name in engine.trainable:
         layer = name.rpartition(".")[0]
-        largest[layer] = max(largest.get(layer, 0.0), float(engine.gradient(name).abs().amax()), key=_alarming)
+        gradient = engine.gradient(name)
+        value = 0.0 if gradient is None else float(gradient.abs().amax())
+        largest[layer] = max(largest.get(layer, 0.0), value, key=_alarming)
     for layer, value in largest.items():
         if value == 0 or not math.isfinite(value):
             raise InjectionError(

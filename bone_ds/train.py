@@ -16,9 +16,9 @@ from bone_ds.arch import Architecture, Source
 from bone_ds.config import RunConfig
 from bone_ds.data import GlobalOrder, Samples, collate, deal, load_samples
 from bone_ds.engine import Engine
-from bone_ds.errors import CheckpointError, DataError
+from bone_ds.errors import CheckpointError, ConfigError, DataError
 from bone_ds.evaluate import HeldOut
-from bone_ds.inject import inject
+from bone_ds.inject import check, inject
 from bone_ds.launch import Ranks
 from bone_ds.objective import Objective
 from bone_ds.progress import Progress, peak_memory_gib
@@ -35,7 +35,7 @@ class RunResult:
     train_loss: float
     """Of the last step."""
     eval_loss: float | None
-    """After the last step; None without held-out data."""
+    """After the last step; None without held-out data or with train.eval_every: 0."""
 
 
 def train(config: RunConfig, ranks: Ranks, resume: bool = False) -> RunResult:
@@ -57,12 +57,16 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False) -> RunResult:
         order = GlobalOrder(samples, config.data.packing, config.data.max_length, config.train.global_batch_size, config.train.seed)
         held_out = held_out_samples and HeldOut(held_out_samples, config.data.packing, config.data.max_length, ranks, device)
         steps = config.train.steps or order.steps_in_epochs(config.train.epochs or 1)
+        if config.train.warmup_steps > steps:
+            raise ConfigError(f"train.warmup_steps: {config.train.warmup_steps} is more than the run's {steps} steps")
         engine = build_engine(config, architecture, source, ds, device)
 
         started = time.monotonic()
         first_step = 0
         if resume:
-            first_step = checkpoint.load(checkpoint.latest(run.checkpoints), engine, samples.fingerprint())
+            first_step = checkpoint.load(checkpoint.latest(run.checkpoints), engine, source.fingerprint, samples.fingerprint())
+            if first_step > steps:
+                raise ConfigError(f"--resume: the run has done {first_step} steps already, more than the {steps} now asked for")
         engines.barrier()
         if ranks.is_first:
             run.create(config, ds)
@@ -71,8 +75,11 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False) -> RunResult:
         progress = Progress(run.log if ranks.is_first else None, steps, first_step)
         _announce(progress, engine, source, samples, held_out_samples)
         writer = _Writer(config, ranks, run, engine, architecture, source, samples)
+        if resume:
+            # The run may have ended between its last checkpoint and the adapter of it.
+            writer.write_adapter(first_step, engine.gather("master"))
 
-        evaluation = _evaluate(held_out, engine, run, ranks, progress, first_step) if config.train.eval_every else None
+        evaluation = _evaluate(held_out, engine, run, ranks, progress, first_step)
         result = None
         for step in range(first_step, steps):
             step_started = time.monotonic()
@@ -93,7 +100,7 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False) -> RunResult:
                 raise DataError(
                     f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}; checkpoints before it are whole\n"
                     f"Lower train.learning_rate: {config.train.learning_rate}, or look for bad rows in {', '.join(config.data.train)}")
-            if config.train.eval_every and (done % config.train.eval_every == 0 or done == steps):
+            if held_out and (done % config.train.eval_every == 0 or done == steps):
                 evaluation = _evaluate(held_out, engine, run, ranks, progress, done)
             if done == steps or config.train.save_every and done % config.train.save_every == 0:
                 writer.save(done)
@@ -110,6 +117,7 @@ def build_engine(config: RunConfig, architecture: Architecture, source: Source, 
     placement = engines.placement.choose(ds, device)
     with placement.empty():
         model = architecture.build(source, DTYPES[config.model.dtype])
+    check(model, architecture, config.adapter)  # before the weights are read
     architecture.load(model, source, placement)
     trainable = inject(model, architecture, config.adapter)
     activation.apply(model, architecture, config.train.activation_checkpointing)
@@ -121,7 +129,12 @@ def _load_data(config: RunConfig, architecture: Architecture, source: Source) ->
     samples = load_samples(config.data, tokenizer, "train")
     if not engines.agree(samples.fingerprint()):
         raise DataError("data.train: the ranks read different samples; give every host the same files")
-    return samples, load_samples(config.data, tokenizer, "eval") if config.data.eval else None
+    if not (config.data.eval and config.train.eval_every):
+        return samples, None
+    held_out = load_samples(config.data, tokenizer, "eval")
+    if not engines.agree(held_out.fingerprint()):
+        raise DataError("data.eval: the ranks read different samples; give every host the same files")
+    return samples, held_out
 
 
 def _evaluate(held_out: HeldOut | None, engine: Engine, run: RunDirectory, ranks: Ranks, progress: Progress, step: int):
@@ -176,12 +189,18 @@ class _Writer:
             positions_per_s=positions, tokens_per_s=tokens, label_tokens_per_s=label_tokens,
             memory_gib=round(peak_memory_gib(), 3))
 
-    def save(self, step: int) -> None:
-        """A checkpoint, and the adapter as it is now. Every rank calls it."""
-        started = time.monotonic()
-        masters = checkpoint.save(self.run.checkpoints, self.engine, step, self.samples.fingerprint(), self.config.train.keep_checkpoints)
+    def write_adapter(self, step: int, masters: dict[str, torch.Tensor]) -> None:
+        """masters: whole on rank 0, which writes."""
         if self.ranks.is_first:
             targets = self.config.adapter.targets or self.architecture.targets
             header = adapter_file.header_of(self.config, self.architecture.name, targets, self.source, step)
             adapter_file.write(self.run.adapter, header, masters)
+
+    def save(self, step: int) -> None:
+        """A checkpoint, and the adapter as it is now. Every rank calls it."""
+        started = time.monotonic()
+        masters = checkpoint.save(self.run.checkpoints, self.engine, step, self.source.fingerprint, self.samples.fingerprint(),
+                                  self.config.train.keep_checkpoints)
+        self.write_adapter(step, masters)
+        if self.ranks.is_first:
             self.run.record("checkpoint", step=step, path=f"checkpoints/step-{step:08d}", save_s=round(time.monotonic() - started, 3))

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from filelock import FileLock
 from gguf import GGUFReader, ReaderTensor, dequantize
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from bone_ds.errors import CheckpointError
+from bone_ds.tensor_file import save_file
 from llama_adapters import checks
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

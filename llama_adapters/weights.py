@@ -100,6 +100,8 @@ def _find(model: ModelConfig) -> tuple[Path, str | None]:
         if model.revision is not None:
             raise CheckpointError(f"model.revision: {model.revision!r} is for a hub id, {place} is a directory here; remove it")
         return place, None
+    if model.revision is not None and place.exists():
+        raise CheckpointError(f"model.revision: {model.revision!r} is for a hub id, {place} is a file here; remove it")
     if place.suffix == ".gguf":
         from llama_adapters.gguf_conversion import convert_once
 

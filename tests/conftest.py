@@ -1,4 +1,4 @@
-"""What all tests share: few threads, NaN in every buffer that is not set, and the real model where there is one."""
+"""What all tests share: few threads, and the real model where there is one."""
 
 from pathlib import Path
 

@@ -5,6 +5,7 @@ tree, more of the function's arguments}; its outcome is what rank 0 returns, or 
 """
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -19,7 +20,9 @@ def run(cases: dict[str, dict], world_size: int, directory: Path) -> dict[str, d
     given, outcomes = directory / "cases.json", directory / "outcomes.json"
     given.write_text(json.dumps(cases), encoding="utf-8")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
-    done = subprocess.run([*torchrun, __file__, given, outcomes], capture_output=True, text=True, timeout=TIMEOUT_S)
+    # On the CPU even where there are GPUs: two ranks can't share one.
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*torchrun, __file__, given, outcomes], capture_output=True, text=True, timeout=TIMEOUT_S, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == "", done.stdout
     return json.loads(outcomes.read_text(encoding="utf-8"))
@@ -77,7 +80,7 @@ def train(ranks, config: dict, resume: str | None = None, checkpoints: str | Non
     torch.manual_seed(config.train.seed)
     engine = build_engine(config, architecture, source, ds, device)
     gradients = _recorded(engine)
-    first = checkpoint.load(Path(resume), engine, samples.fingerprint()) if resume else 0
+    first = checkpoint.load(Path(resume), engine, source.fingerprint, samples.fingerprint()) if resume else 0
     outcome = {"losses": [], "norms": [], "units": [], "gathered": 0, "evaluations": [held_out.evaluate(engine).loss]}
     for step in range(first, config.train.steps):
         window = order.window(step)
@@ -93,7 +96,7 @@ def train(ranks, config: dict, resume: str | None = None, checkpoints: str | Non
             outcome["evaluations"].append(held_out.evaluate(engine).loss)
             outcome["gathered"] += _gathered(engine, device)
             if checkpoints:
-                checkpoint.save(Path(checkpoints), engine, step + 1, samples.fingerprint(), keep=2)
+                checkpoint.save(Path(checkpoints), engine, step + 1, source.fingerprint, samples.fingerprint(), keep=2)
     outcome["first_gradients_norm"] = sum(float(gradient.double().square().sum()) for gradient in gradients.values()) ** 0.5
     outcome["masters"] = config.output.directory + ".safetensors"
     masters = engine.gather("master")

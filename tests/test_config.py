@@ -58,7 +58,7 @@ def test_the_last_override_wins_and_a_commented_out_section_has_the_defaults(tmp
 def test_dumped_yaml_reads_back_to_an_equal_config(tmp_path, adapter):
     path = tmp_path / "run.yaml"
     path.write_text(SMALLEST + f"adapter: {adapter}\ntrain: {{learning_rate: 3e-5, epochs: 2}}\n")
-    config = load_config(path, ["data.eval=[é.jsonl]", "data.fields={response: 'on'}"])
+    config = load_config(path, ["data.eval=[é.jsonl]", "data.fields={response: 'on', query: '1e5'}"])
     again = tmp_path / "again.yaml"
     again.write_text(dump_yaml(config), encoding="utf-8")
     assert load_config(again) == config

@@ -70,17 +70,17 @@ def saved(runs, directory, tmp_path):
     path = shutil.copytree(zero_runs.checkpoints_of(directory, "row-2-fp32", 2) / PAUSE, tmp_path / PAUSE)
     adapter = load_file(runs["row-2-fp32", 2]["masters"])
     engine = SimpleNamespace(trainable={name: nn.Parameter(tensor) for name, tensor in adapter.items()}, restore=nothing_may_be_restored)
-    fingerprint = json.loads((path / "manifest.json").read_text())["data_fingerprint"]
-    return SimpleNamespace(path=path, engine=engine, fingerprint=fingerprint)
+    manifest = json.loads((path / "manifest.json").read_text())
+    return SimpleNamespace(path=path, engine=engine, base=manifest["base_fingerprint"], data=manifest["data_fingerprint"])
 
 
 def nothing_may_be_restored(*_):
     pytest.fail("the checkpoint was taken")
 
 
-def refusal(saved, fingerprint=None) -> str:
+def refusal(saved, base=None, data=None) -> str:
     with pytest.raises(CheckpointError) as error:
-        checkpoint.load(saved.path, saved.engine, fingerprint or saved.fingerprint)
+        checkpoint.load(saved.path, saved.engine, base or saved.base, data or saved.data)
     message = str(error.value)
     assert message.count("\n") <= 1 and str(saved.path) in message
     return message
@@ -99,7 +99,11 @@ def edit_state(saved, edit):
 
 
 def test_other_data_is_refused(saved):
-    assert "other training samples" in refusal(saved, fingerprint="0123456789abcdef")
+    assert "other training samples" in refusal(saved, data="0123456789abcdef")
+
+
+def test_another_base_is_refused(saved):
+    assert "another base model" in refusal(saved, base="0123456789abcdef")
 
 
 @pytest.mark.parametrize("kept", [0, 100, 5000])
@@ -120,7 +124,7 @@ def test_a_missing_state_is_refused(saved):
     assert "has no bytes" in refusal(saved)
 
 
-@pytest.mark.parametrize("key", ["step", "adam_step", "data_fingerprint", "world_size", "state_bytes"])
+@pytest.mark.parametrize("key", ["step", "adam_step", "base_fingerprint", "data_fingerprint", "world_size", "state_bytes"])
 def test_a_manifest_without_one_of_its_keys_is_refused(saved, key):
     edit_manifest(saved, **{key: None})
     message = refusal(saved)
@@ -231,6 +235,18 @@ def test_a_run_resumed_under_torchrun_is_equal_to_the_bit(command, tmp_path):
         assert by_step(run, field) == by_step(command.run, field)
     for name in ("adapter.safetensors", "checkpoints/step-00000005/state.safetensors"):
         torch.testing.assert_close(load_file(run / name), load_file(command.run / name), rtol=0, atol=0)
+
+
+def test_a_finished_run_without_its_adapter_is_given_it_on_another_number_of_ranks(command, tmp_path):
+    """As when it was killed between its last checkpoint and the adapter, in the middle of a line of events."""
+    run = shutil.copytree(command.run, tmp_path / "run")
+    (run / "adapter.safetensors").unlink()
+    with (run / "events.jsonl").open("a") as file:
+        file.write('{"event": "st')
+    launched(["bone_ds"], "train", command.config, "--resume", "--ranks", 1, f"output.directory={run}")
+    torch.testing.assert_close(load_file(run / "adapter.safetensors"), load_file(command.run / "adapter.safetensors"), rtol=0, atol=0)
+    lines = (run / "events.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["event"] == "end" and '{"event": "st' in lines
 
 
 def test_the_deepspeed_launcher_trains_the_same(command, tmp_path):

