@@ -67,12 +67,6 @@ def write(path: Path, header: Header, tensors: dict[str, Tensor]) -> None:
     os.replace(aside, path)
 
 
-def read_header(path: Path) -> Header:
-    """Raises CheckpointError where the file is no adapter of this project, or of a later version."""
-    with _opened(path) as file:
-        return _header(path, file.metadata() or {})
-
-
 def read(path: Path) -> tuple[Header, dict[str, Tensor]]:
     """The header and every tensor, checked against it: names, shapes, finite values."""
     with _opened(path) as file:

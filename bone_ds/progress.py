@@ -52,14 +52,8 @@ class Progress:
         else:
             print(("\n" if self.open_line else "") + line, flush=True)
         self.open_line = in_place
-        if self.log.parent.exists():
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-
-    def close(self) -> None:
-        if self.open_line:
-            print(flush=True)
-            self.open_line = False
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 def _clock(seconds: float) -> str:
