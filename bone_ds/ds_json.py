@@ -13,8 +13,7 @@ from bone_ds.errors import ConfigError
 # Sections that DeepSpeed itself obeys without more code here. DeepSpeed ignores unknown ones silently, so they are refused.
 _OBEYED = {
     "zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "wall_clock_breakdown",
-    "flops_profiler", "comms_logger", "tensorboard", "wandb",
-    "csv_monitor", "data_types",
+    "flops_profiler", "tensorboard", "wandb", "csv_monitor", "data_types",
 }
 _REFUSED = {
     "fp16": "training is in model.dtype: bf16 or fp32; remove it",

@@ -1,11 +1,11 @@
-"""What all tests share: few threads, and the real model where there is one."""
+"""What all tests share: one thread, and the real model where there is one."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny
 
 
 def pytest_addoption(parser):

@@ -26,14 +26,6 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_it_is_an_architecture():
     for name in vars(Architecture):
         if not name.startswith("_"):
