@@ -1,4 +1,8 @@
-"""The adapter on disk: one safetensors file of fp32 tensors whose header says what they are and whose base they fit."""
+"""The adapter on disk: one safetensors file of fp32 tensors whose header says what they are and whose base they fit.
+
+Tensors by method: `MODULE.bone`; `MODULE.lora_A` and `MODULE.lora_B`; `MODULE.time_state` (state); every weight of the model
+by its own name (full).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bone_ds.arch import Source
+from bone_ds.arch import Architecture, Source
 from bone_ds.config import AdapterConfig, ModelConfig, RunConfig
 from bone_ds.errors import CheckpointError
 from bone_ds.tensor_file import save_file
@@ -27,7 +31,7 @@ class Header:
     architecture: str
     method: str
     grouping: str | None
-    rank: int
+    rank: int | None
     alpha: float | None
     targets: list[str]
     layers: list[int] | None
@@ -39,9 +43,10 @@ class Header:
 
     @property
     def adapter(self) -> AdapterConfig:
-        given = {"method": self.method, "rank": self.rank, "targets": tuple(self.targets),
-                 "layers": None if self.layers is None else tuple(self.layers)}
-        given |= {"grouping": self.grouping} if self.method == "bone" else {"alpha": self.alpha}
+        given = {"method": self.method, "layers": None if self.layers is None else tuple(self.layers)}
+        if self.method in ("bone", "lora"):
+            given |= {"rank": self.rank, "targets": tuple(self.targets)}
+            given |= {"grouping": self.grouping} if self.method == "bone" else {"alpha": self.alpha}
         return AdapterConfig.model_validate(given)
 
     @property
@@ -50,13 +55,23 @@ class Header:
         return ModelConfig(path=self.base, revision=self.base_revision, dtype=self.base_dtype, architecture=self.architecture)
 
 
-def header_of(config: RunConfig, architecture_name: str, targets: tuple[str, ...], source: Source, step: int) -> Header:
+def header_of(config: RunConfig, architecture: Architecture, source: Source, step: int) -> Header:
     adapter = config.adapter
-    bone = adapter.method == "bone"
+    on_linears = adapter.method in ("bone", "lora")
     return Header(
-        FORMAT_VERSION, architecture_name, adapter.method, adapter.grouping if bone else None, adapter.rank,
-        None if bone else adapter.alpha, list(targets), None if adapter.layers is None else list(adapter.layers),
-        source.origin, source.revision, config.model.dtype, source.fingerprint, step)
+        format_version=FORMAT_VERSION,
+        architecture=architecture.name,
+        method=adapter.method,
+        grouping=adapter.grouping if adapter.method == "bone" else None,
+        rank=adapter.rank if on_linears else None,
+        alpha=adapter.alpha if adapter.method == "lora" else None,
+        targets=list(adapter.targets or architecture.targets) if on_linears else [],
+        layers=None if adapter.layers is None else list(adapter.layers),
+        base=source.origin,
+        base_revision=source.revision,
+        base_dtype=config.model.dtype,
+        base_fingerprint=source.fingerprint,
+        step=step)
 
 
 def write(path: Path, header: Header, tensors: dict[str, Tensor]) -> None:
@@ -129,13 +144,23 @@ def _first_problem(error: ValueError | TypeError) -> str:
 
 
 def _check_tensor(path: Path, header: Header, name: str, tensor: Tensor) -> None:
+    if header.method != "full":
+        _check_shape(path, header, name, tensor)
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{path}: {name}: holds NaN or infinite values")
+
+
+def _check_shape(path: Path, header: Header, name: str, tensor: Tensor) -> None:
+    rank = header.rank
+    expected = {
+        "bone": {"bone": (None, rank, rank)},
+        "lora": {"lora_A": (rank, None), "lora_B": (None, rank)},
+        "state": {"time_state": (None, None, None)},
+    }[header.method]
     part = name.rpartition(".")[2]
-    expected = {"bone": (None, header.rank, header.rank), "lora_A": (header.rank, None), "lora_B": (None, header.rank)}
-    parts = ("bone",) if header.method == "bone" else ("lora_A", "lora_B")
-    if part not in parts:
+    if part not in expected:
         raise CheckpointError(f"{path}: {name}: method {header.method!r} has no such tensor")
     shape = expected[part]
     if len(shape) != tensor.dim() or any(want not in (None, have) for want, have in zip(shape, tensor.shape)):
-        raise CheckpointError(f"{path}: {name}: shape {tuple(tensor.shape)} does not fit rank {header.rank}")
-    if not torch.isfinite(tensor).all():
-        raise CheckpointError(f"{path}: {name}: holds NaN or infinite values")
+        fit = f"does not fit rank {rank}" if rank else f"is not {len(shape)}-dimensional"
+        raise CheckpointError(f"{path}: {name}: shape {tuple(tensor.shape)} {fit}")

@@ -7,6 +7,7 @@ An architecture is a package `<name>_adapters` whose `__init__` holds `ARCHITECT
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +21,20 @@ if TYPE_CHECKING:
 
     from bone_ds.config import ModelConfig
 
-NAMES = ("llama",)
+NAMES = ("llama", "rwkv")
+
+State = tuple["Tensor", ...]
+"""What D documents leave behind for their continuation: tensors whose first dimension is D, without gradient."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model on disk, opened but not read: `directory` holds config, tokenizer and weights in the architecture's layout."""
+    """A model on disk, opened but not read."""
 
-    directory: Path
+    path: Path
+    """The directory or file that holds it in the architecture's layout."""
     origin: str
-    """What the user wrote: a directory, a hub id or a GGUF file."""
+    """What the user wrote: a directory, a hub id or a file."""
     revision: str | None
     """The hub commit, where there is one."""
     fingerprint: str
@@ -48,6 +53,8 @@ class Batch:
     """(M,) int64, rows of the hidden states that predict a loss-bearing token."""
     labels: Tensor
     """(M,) int64, the tokens they predict."""
+    continues: bool = False
+    """The first document goes on where the last one of the batch before it stopped."""
 
 
 class Placement(Protocol):
@@ -64,6 +71,8 @@ class Architecture(Protocol):
     name: str
     targets: tuple[str, ...]
     """Names of the linear modules adapted by default; every one that may be."""
+    carries_state: bool
+    """Whether a document can go on from a state: trained in chunks, generated in constant memory."""
 
     def recognises(self, path: str) -> bool:
         """Whether this directory, hub id or file holds a model of this architecture."""
@@ -82,14 +91,31 @@ class Architecture(Protocol):
     def layers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The residual blocks in order, with their module names."""
 
-    def hidden(self, model: nn.Module, tokens: Tensor, document_lengths: tuple[int, ...]) -> Tensor:
-        """tokens (1, T) -> the final hidden states (T, C) that the head reads."""
+    def hidden(self, model: nn.Module, tokens: Tensor, document_lengths: tuple[int, ...], state: State | None = None,
+               keep_state: bool = False) -> tuple[Tensor, State | None]:
+        """tokens (1, T) -> the final hidden states (T, C) that the head reads, and the state of all documents if it is kept.
+
+        state: of the first documents of the row, which go on from it; the others begin anew. Only where `carries_state`.
+        """
 
     def head(self, model: nn.Module) -> nn.Parameter:
         """(vocab, C)"""
 
-    def weight_files(self, source: Source) -> list[Path]:
-        """The safetensors files that hold the weights."""
+    def add_initial_state(self, model: nn.Module, first_layer: int, last_layer: int) -> dict[str, nn.Parameter]:
+        """Gives layers [first, last) a trainable state, zero at first, that documents begin with; by adapter name.
+
+        Only where `carries_state`.
+        """
+
+    def generate(self, model: nn.Module, prompts: list[list[int]], max_new_tokens: int, stop: int,
+                 choose: Callable[[Tensor], Tensor]) -> list[list[int]]:
+        """Continues every prompt until `stop`, which is left out, or max_new_tokens. choose: logits (D, V) -> tokens (D,)."""
+
+    def rewrite(self, source: Source, out: Path, change: Callable[[str, Tensor], Tensor]) -> None:
+        """Writes the model to `out`, in the source's dtype and the form its name asks for, each weight as change(name, weight).
+
+        `out` does not exist and appears whole. Raises ConfigError for a name that asks for no form the architecture has.
+        """
 
 
 def load(name: str) -> Architecture:

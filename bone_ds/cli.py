@@ -28,6 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BoneError as error:
         _report(error)
         return USER_ERROR
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _report(ConfigError(f"{error.filename}: {error.strerror}"))
+        return USER_ERROR
     except RuntimeError as error:
         if launch.current() and "by peer" in str(error):
             time.sleep(5)  # the rank that is gone has said why, and the launcher ends this one
@@ -84,13 +89,62 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("overrides", nargs="*", metavar="section.key=value")
     config.set_defaults(run=_config)
 
-    merge = commands.add_parser("merge", help="write base + adapter as a plain model directory")
+    merge = commands.add_parser("merge", help="write base + adapter as a plain model")
     merge.add_argument("adapter", type=Path, help="adapter.safetensors of a run")
-    merge.add_argument("--out", type=Path, required=True, help="directory to be made")
-    merge.add_argument("--base", help="where the base model lies now (default: where it lay in training)")
-    merge.add_argument("--cache-dir", help="where a converted GGUF base is kept")
+    merge.add_argument("--out", type=Path, required=True, help="to be made: a directory (Llama), a .pth or .safetensors file (RWKV6)")
+    _add_base(merge)
     merge.set_defaults(run=_merge)
+
+    generate = commands.add_parser("generate", help="continue prompts with a model, and an adapter on it",
+                                   description="Continues prompts with the likeliest tokens, or as --temperature draws them.")
+    generate.add_argument("model", help="a Hugging Face directory or hub id, a .gguf, .pth or .safetensors file")
+    generate.add_argument("--adapter", type=Path, help="adapter.safetensors of a run, put on in memory")
+    generate.add_argument("--prompt", action="append", metavar="TEXT", help="may be given many times; without prompts, all of stdin is one")
+    generate.add_argument("--prompts", type=Path, metavar="FILE", help='.jsonl of {"prompt": text} a line')
+    generate.add_argument("--out", type=Path, metavar="FILE", help='write {"prompt": text, "completion": text} a line instead of printing')
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
+    generate.add_argument("--temperature", type=float, metavar="X", help="draw from softmax(logits / X)")
+    generate.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest tokens that fill this share alone")
+    generate.add_argument("--seed", type=int, metavar="S", help="of the drawing, default 0")
+    generate.add_argument("--ignore-eos", action="store_true", help="go on past the end of a text, up to --max-new-tokens")
+    generate.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts that are continued together, default 16")
+    generate.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    generate.add_argument("--tokenizer", default="auto", help="RWKV6: see model.tokenizer in `bone-ds config`")
+    generate.add_argument("--cache-dir", help="where a converted GGUF model is kept")
+    generate.set_defaults(run=_generate)
+
+    import_ = commands.add_parser("import", help="make an adapter of another program's file")
+    import_.add_argument("file", type=Path)
+    import_.add_argument("--from", dest="format", choices=("rwkv-peft",), required=True, help="the program that wrote it")
+    import_.add_argument("--base", required=True, help="the model it was trained on; block size, targets and layers are read from the file")
+    import_.add_argument("--out", type=Path, required=True, help="adapter.safetensors to be made")
+    import_.set_defaults(run=_import)
+
+    export = commands.add_parser("export", help="write an adapter for another program")
+    export.add_argument("adapter", type=Path, help="adapter.safetensors of a run")
+    export.add_argument("--to", dest="format", choices=("rwkv-peft",), required=True, help="the program that is to read it")
+    export.add_argument("--out", type=Path, required=True, help=".pth file to be made")
+    export.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto is bf16 where that keeps every bit")
+    export.add_argument("--name", choices=("bone", "disha"), default="bone", help="what Bone's tensors are called; disha in later versions")
+    export.set_defaults(run=_export)
+
+    init = commands.add_parser("init", help="write a randomly initialised model to pre-train")
+    init.add_argument("architecture", choices=("rwkv",))
+    init.add_argument("--layers", type=int, required=True, metavar="N")
+    init.add_argument("--width", type=int, required=True, metavar="C")
+    init.add_argument("--vocab", type=int, required=True, metavar="V", help="65536 for the World tokenizer, 256 for bytes")
+    init.add_argument("--head-size", type=int, default=64, metavar="N", help="default 64")
+    init.add_argument("--ffn", type=int, metavar="F", help="width of channel mixing, default 3.5 C, a multiple of 32")
+    init.add_argument("--seed", type=int, default=0)
+    init.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the file, default bf16")
+    init.add_argument("--out", type=Path, required=True, help=".pth file to be made")
+    init.set_defaults(run=_init)
     return parser
+
+
+def _add_base(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--base", help="where the base model lies now (default: where it lay in training)")
+    command.add_argument("--cache-dir", help="where a converted GGUF base is kept")
 
 
 def _train(options: argparse.Namespace, given: list[str]) -> int:
@@ -133,7 +187,7 @@ def _check_paths(config: RunConfig) -> None:
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise ConfigError(f"output.directory: {config.output.directory}: can't be made, {above} is no directory to write to")
     model = config.model.path
-    looks_like_a_path = model.startswith((".", "/", "~")) or model.endswith(".gguf") or model.count("/") > 1
+    looks_like_a_path = model.startswith((".", "/", "~")) or model.endswith((".gguf", ".pth", ".safetensors")) or model.count("/") > 1
     if looks_like_a_path and not Path(model).expanduser().exists():
         raise CheckpointError(f"model.path: {model}: there is no such file or directory")
 
@@ -151,3 +205,83 @@ def _merge(options: argparse.Namespace, given: list[str]) -> int:
     source = merge(options.adapter, options.out, options.base, options.cache_dir)
     print(f"{options.out}: {source.origin} with {options.adapter}")
     return 0
+
+
+def _generate(options: argparse.Namespace, given: list[str]) -> int:
+    _check_generate(options)
+    from bone_ds import generate
+    from bone_ds.config import ModelConfig
+
+    prompts = options.prompt or (generate.read_prompts(options.prompts) if options.prompts else [_stdin()])
+    choose = generate.most_likely
+    if options.temperature is not None:
+        choose = generate.sampler(options.temperature, 1.0 if options.top_p is None else options.top_p, options.seed or 0)
+    cache = {"cache_dir": options.cache_dir} if options.cache_dir else {}
+    loaded = generate.load(ModelConfig(path=options.model, dtype=options.dtype, tokenizer=options.tokenizer, **cache), options.adapter)
+    completions = generate.continuations(loaded, prompts, options.max_new_tokens, choose, options.batch_size, options.ignore_eos)
+    if options.out:
+        options.out.write_text(generate.as_jsonl(prompts, completions), encoding="utf-8")
+    else:
+        print(generate.as_text(prompts, completions))
+    return 0
+
+
+def _check_generate(options: argparse.Namespace) -> None:
+    """What is wrong with the options, said before anything heavy is imported or a model read."""
+    if options.prompt and options.prompts:
+        raise ConfigError("--prompt and --prompts are both given; keep one")
+    if not options.prompt and not options.prompts and sys.stdin.isatty():
+        raise ConfigError("no prompt: give --prompt TEXT, --prompts FILE.jsonl, or a text on stdin")
+    for option in ("max_new_tokens", "batch_size"):
+        if getattr(options, option) < 1:
+            raise ConfigError(f"--{option.replace('_', '-')}: {getattr(options, option)} is too small, give 1 or more")
+    for option in ("top_p", "seed"):
+        if getattr(options, option) is not None and options.temperature is None:
+            raise ConfigError(f"--{option.replace('_', '-')}: {getattr(options, option)} has no effect without --temperature, which draws")
+    _check_seed(options.seed or 0)
+    if options.out and options.out.exists():
+        raise ConfigError(f"--out: {options.out} exists already; name one to be made")
+    if options.out and not options.out.parent.is_dir():
+        raise ConfigError(f"--out: {options.out}: there is no directory {options.out.parent}")
+
+
+def _stdin() -> str:
+    """All of it, without the last line's end."""
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"stdin: is no UTF-8 text (byte {error.start})") from None
+
+
+def _import(options: argparse.Namespace, given: list[str]) -> int:
+    from bone_ds.formats import rwkv_peft
+
+    header = rwkv_peft.import_adapter(options.file, options.base, options.out)
+    form = f"grouping {header.grouping}, rank {header.rank}, {', '.join(header.targets)}" if header.method == "bone" else "initial states"
+    print(f"{options.out}: {header.method}, {form}, {f'layers {header.layers}' if header.layers else 'all layers'}")
+    return 0
+
+
+def _export(options: argparse.Namespace, given: list[str]) -> int:
+    from bone_ds.formats import rwkv_peft
+
+    dtype = rwkv_peft.export_adapter(options.adapter, options.out, options.dtype, options.name)
+    print(f"{options.out}: {options.adapter} in {dtype}")
+    return 0
+
+
+def _init(options: argparse.Namespace, given: list[str]) -> int:
+    _check_seed(options.seed)
+    import torch
+
+    from rwkv_adapters import initialise
+
+    sizes = initialise.sizes(options.layers, options.width, options.vocab, options.head_size, options.ffn)
+    initialise.write(options.out, sizes, options.seed, {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype])
+    print(f"{options.out}: {options.layers} layers of {options.width}, {options.out.stat().st_size / 2**20:.1f} MiB")
+    return 0
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"--seed: {seed} is out of range, give 0 to 2^63 - 1")

@@ -30,15 +30,25 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    path: str = Field(description="A Hugging Face directory, a hub id, or a .gguf file (converted once, then cached).", min_length=1)
+    path: str = Field(
+        description="Llama: a Hugging Face directory, a hub id, or a .gguf file (converted once, then cached). "
+                    "RWKV6: an official .pth, or a .safetensors file of the same tensors.", min_length=1)
     revision: str | None = Field(None, description="Hub branch, tag or commit; the commit it names is recorded in the run.")
-    architecture: Literal["auto", "llama"] = Field("auto", description="Which adapter package reads the model.")
+    architecture: Literal["auto", "llama", "rwkv"] = Field("auto", description="Which adapter package reads the model.")
+    tokenizer: str = Field(
+        "auto", min_length=1,
+        description="RWKV6: world, bytes, utf-16le (bytes of that encoding), or the path of a World vocabulary file; auto goes by the "
+                    "vocabulary's size. Llama has its own beside the weights.")
+    wkv: Literal["auto", "naive", "chunked", "c", "fla"] = Field(
+        "auto", description="RWKV6: which operator computes WKV, with equal results; auto takes fla on a GPU, c on a CPU, else chunked.")
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="Dtype of the frozen weights and of the forward pass.")
     cache_dir: str = Field("~/.cache/bone_ds", description="Where a converted GGUF model is kept.")
 
 
 class AdapterConfig(Section):
-    method: Literal["bone", "lora"] = Field("bone", description="bone: block affine (the paper). lora: the baseline, through peft.")
+    method: Literal["bone", "lora", "state", "full"] = Field(
+        "bone", description="bone: block affine (the paper). lora: the baseline, through peft. state: RWKV6's initial state alone. "
+                            "full: every weight, for small models and as a baseline.")
     grouping: Literal["row", "col"] = Field(
         "row", description="Which blocks share a Bone matrix: row costs what LoRA costs, col is the paper's Llama setting.")
     rank: int = Field(64, ge=1, description="Bone block size r, or LoRA rank.")
@@ -52,13 +62,14 @@ class AdapterConfig(Section):
 
 
 class DataConfig(Section):
-    train: Texts = Field(description="Training files, .jsonl or .json; one path or a list.", min_length=1)
+    train: Texts = Field(description="Training files, .jsonl or .json, with prompt: text also .txt and binidx .bin; one path or a list.", min_length=1)
     eval: Texts = Field(default=(), description="Held-out files; one path or a list. Without them no held-out loss is measured.")
     train_samples: int | None = Field(None, ge=1, description="Use only the first so many rows of data.train.")
     eval_samples: int | None = Field(None, ge=1, description="Use only the first so many rows of data.eval.")
-    prompt: Literal["metamath", "instruction", "template"] = Field(
+    prompt: Literal["metamath", "instruction", "user_assistant", "text", "template"] = Field(
         "metamath",
-        description="metamath: query/response. instruction: instruction/input/output. template: data.template and data.completion.")
+        description="metamath: query/response. instruction: instruction/input/output. user_assistant: query/response as RWKV's "
+                    "User:/Assistant: text. text: text, all of it learnt. template: data.template and data.completion.")
     fields: dict[str, str] = Field(
         {}, description="The file's names for the prompt's fields, for example {query: question, response: answer}.")
     template: str | None = Field(
@@ -66,7 +77,8 @@ class DataConfig(Section):
     completion: str | None = Field(
         None, description="Completion text with {field} places, for prompt: template; it alone bears loss.")
     max_length: int = Field(512, ge=8, description="Longest sample, and the size of a pack, in tokens.")
-    overlong: Literal["truncate", "drop"] = Field("truncate", description="What happens to a longer sample; both are counted and reported.")
+    overlong: Literal["truncate", "drop", "split"] = Field(
+        "truncate", description="What happens to a longer sample; each is counted and reported. split: cut into samples, for prompt: text.")
     packing: bool = Field(True, description="Fill packs of max_length tokens with whole samples; samples never see each other.")
 
 
@@ -87,6 +99,10 @@ class TrainConfig(Section):
     activation_checkpointing: Literal["none", "bone", "layer"] = Field(
         "none", description="Recomputed in backward: nothing, each Bone layer, or each whole layer.")
     loss_chunk: int = Field(512, ge=1, description="Loss-bearing positions whose logits are held at once.")
+    chunk_length: int | None = Field(
+        None, ge=16, description="RWKV6: run so many tokens at a time and carry the state on, without gradient; default whole sequences.")
+    l2wrap: float = Field(
+        0.0, ge=0, description="Pull on the largest logit of each loss-bearing position, added to its gradient (RWKV trains with 1e-4).")
     seed: int = Field(0, ge=0, lt=2**63, description="Order of the data, and LoRA's first matrix.")
     eval_every: int = Field(
         50, ge=0, description="Steps between held-out losses (also before the first and after the last step); 0 is never.")
@@ -117,16 +133,24 @@ class RunConfig(Section):
         return self
 
 
+_NOT_FOR = {
+    "bone": ("alpha",),
+    "lora": ("grouping", "strategy"),
+    "state": ("rank", "alpha", "grouping", "strategy", "targets"),
+    "full": ("rank", "alpha", "grouping", "strategy", "targets", "layers"),
+}
+"""Fields of the adapter section by the method they mean nothing to."""
+
+
 def _conflicts(config: RunConfig) -> Iterator[str]:
     adapter, data, train = config.adapter, config.data, config.train
-    if adapter.method == "lora":
-        for field in ("grouping", "strategy"):
-            if field in adapter.model_fields_set:
-                yield f"adapter.{field}: {getattr(adapter, field)!r} is for adapter.method: bone, remove it for lora"
-        if train.activation_checkpointing == "bone":
-            yield "train.activation_checkpointing: 'bone' needs adapter.method: bone, this is 'lora'; use none or layer"
-    elif adapter.alpha is not None:
-        yield f"adapter.alpha: {adapter.alpha} is for adapter.method: lora, bone has no scale; remove it"
+    for field in _NOT_FOR[adapter.method]:
+        if field in adapter.model_fields_set and getattr(adapter, field) is not None:
+            value = getattr(adapter, field)
+            shown = list(value) if isinstance(value, tuple) else value
+            yield f"adapter.{field}: {shown!r} has no meaning with adapter.method: {adapter.method}, remove it"
+    if train.activation_checkpointing == "bone" and adapter.method != "bone":
+        yield f"train.activation_checkpointing: 'bone' needs adapter.method: bone, this is {adapter.method!r}; use none or layer"
     if (adapter.grouping, adapter.strategy) == ("col", "factored"):
         yield "adapter.strategy: 'factored' exists for adapter.grouping: row alone, this is 'col'; use auto or fused"
     if adapter.targets is not None and (not adapter.targets or len(set(adapter.targets)) < len(adapter.targets)):
@@ -141,6 +165,8 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
     for field, value in templates.items():
         if data.prompt != "template" and value is not None:
             yield f"data.{field}: {value!r} is for data.prompt: template, this is {data.prompt!r}"
+    if data.overlong == "split" and data.prompt != "text":
+        yield f"data.overlong: 'split' is for data.prompt: text, this is {data.prompt!r}: a prompt can't be parted from its completion"
     if data.eval_samples is not None and not data.eval:
         yield f"data.eval_samples: {data.eval_samples} without data.eval; name a held-out file"
     if train.steps is not None and train.epochs is not None:
@@ -293,8 +319,8 @@ def _field_info(location: tuple):
 def dump_yaml(config: RunConfig) -> str:
     """The whole configuration as YAML that `load_config` reads back to an equal object."""
     tree = config.model_dump(mode="json", exclude_none=True)
-    if config.adapter.method == "lora":  # given at all, Bone's fields are refused for it
-        del tree["adapter"]["grouping"], tree["adapter"]["strategy"]
+    for field in _NOT_FOR[config.adapter.method]:  # given at all, they are refused
+        tree["adapter"].pop(field, None)
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 

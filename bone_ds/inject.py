@@ -1,4 +1,4 @@
-"""Freezes the base model and puts an adapter on the targets that the config selects."""
+"""Freezes the base model and adds what the config's method trains, where it says."""
 
 from __future__ import annotations
 
@@ -15,32 +15,47 @@ from bone_ds.errors import InjectionError
 def inject(model: nn.Module, architecture: Architecture, adapter: AdapterConfig) -> dict[str, nn.Parameter]:
     """Adapts the model in place; returns the trainable parameters by adapter name, in model order.
 
-    A name is the module's with the tensor's, for example `model.layers.0.self_attn.q_proj.bone`.
+    A name is the module's with the tensor's, for example `model.layers.0.self_attn.q_proj.bone`; with `full`, the weight's.
     Raises InjectionError for targets or layers that the model lacks, and where the rank fits not every layer.
     """
-    linears = select(model, architecture, adapter)
+    check(model, architecture, adapter)
+    if adapter.method == "full":
+        model.requires_grad_(True)
+        return dict(model.named_parameters())
     model.requires_grad_(False)
-    return methods.adapt(model, linears, adapter)
+    if adapter.method == "state":
+        return architecture.add_initial_state(model, *_layer_range(model, architecture, adapter))
+    return methods.adapt(model, select(model, architecture, adapter), adapter)
 
 
 def check(model: nn.Module, architecture: Architecture, adapter: AdapterConfig) -> None:
     """Raises what `inject` would, and changes nothing."""
-    methods.check(select(model, architecture, adapter), adapter)
+    if adapter.method == "state" and not architecture.carries_state:
+        raise InjectionError(f"adapter.method: 'state' trains a state that documents begin with, {architecture.name} has none; use bone")
+    if adapter.method in ("state", "full"):
+        _layer_range(model, architecture, adapter)
+    else:
+        methods.check(select(model, architecture, adapter), adapter)
 
 
 def select(model: nn.Module, architecture: Architecture, adapter: AdapterConfig) -> dict[str, nn.Linear]:
     """The linear modules to adapt, by their full names, in model order."""
     targets = _targets(architecture, adapter)
-    layers = architecture.layers(model)
-    first, last = adapter.layers or (0, len(layers))
-    if last > len(layers):
-        raise InjectionError(f"adapter.layers: [{first}, {last}] goes past the model's {len(layers)} layers")
+    first, last = _layer_range(model, architecture, adapter)
     selected = {}
-    for layer_name, layer in layers[first:last]:
+    for layer_name, layer in architecture.layers(model)[first:last]:
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear) and any(name == t or name.endswith("." + t) for t in targets):
                 selected[f"{layer_name}.{name}"] = module
     return selected
+
+
+def _layer_range(model: nn.Module, architecture: Architecture, adapter: AdapterConfig) -> tuple[int, int]:
+    count = len(architecture.layers(model))
+    first, last = adapter.layers or (0, count)
+    if last > count:
+        raise InjectionError(f"adapter.layers: [{first}, {last}] goes past the model's {count} layers")
+    return first, last
 
 
 def _targets(architecture: Architecture, adapter: AdapterConfig) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The adapter methods: what each puts on a linear layer, and the weight it amounts to."""
+"""The adapter methods bone and lora: what each puts on a linear layer, and the weight it amounts to."""
 
 from __future__ import annotations
 

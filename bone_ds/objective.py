@@ -4,29 +4,33 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from bone_ds.arch import Architecture, Batch
+from bone_ds.arch import Architecture, Batch, State
 from bone_ds.loss import chunked_cross_entropy
 
 
 class Objective(nn.Module):
-    def __init__(self, model: nn.Module, architecture: Architecture, loss_chunk: int):
+    def __init__(self, model: nn.Module, architecture: Architecture, loss_chunk: int, l2wrap: float = 0.0):
         super().__init__()
         self.model = model
         self.architecture = architecture
-        self.head = _FrozenHead(architecture.head(model), loss_chunk)
+        self.head = _Head(architecture.head(model), loss_chunk, l2wrap)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The sum, not the mean, over the batch's labels, in fp32."""
-        hidden = self.architecture.hidden(self.model, batch.tokens, batch.document_lengths)
-        return self.head(hidden, batch.label_positions, batch.labels)
+    def forward(self, batch: Batch, state: State | None = None, keep_state: bool = False) -> tuple[Tensor, State | None]:
+        """The sum, not the mean, over the batch's labels, in fp32, and the state after the last document if it is kept.
+
+        state: what the first document goes on from.
+        """
+        hidden, states = self.architecture.hidden(self.model, batch.tokens, batch.document_lengths, state, keep_state)
+        loss = self.head(hidden, batch.label_positions, batch.labels)
+        return loss, tuple(tensor[-1:] for tensor in states) if keep_state else None
 
 
-class _FrozenHead(nn.Module):
+class _Head(nn.Module):
     """Owns the head's weight a second time, so that ZeRO-3 gathers it for this forward alone."""
 
-    def __init__(self, weight: nn.Parameter, chunk: int):
+    def __init__(self, weight: nn.Parameter, chunk: int, l2wrap: float):
         super().__init__()
-        self.weight, self.chunk = weight, chunk
+        self.weight, self.chunk, self.l2wrap = weight, chunk, l2wrap
 
     def forward(self, hidden: Tensor, label_positions: Tensor, labels: Tensor) -> Tensor:
-        return chunked_cross_entropy(hidden, self.weight, label_positions, labels, self.chunk)
+        return chunked_cross_entropy(hidden, self.weight, label_positions, labels, self.chunk, self.l2wrap)

@@ -1,7 +1,11 @@
-"""What rank 0 shows while it trains: one line a step, rewritten in place on a terminal; all of it kept in the log."""
+"""What rank 0 shows while it trains: one line a step, rewritten in place on a terminal; all of it kept in the log.
+
+What the packages log under the name `bone_ds` is shown and kept with it.
+"""
 
 from __future__ import annotations
 
+import logging
 import resource
 import shutil
 import sys
@@ -29,6 +33,7 @@ class Progress:
         self.started = time.monotonic()
         self.in_place = log is not None and sys.stdout.isatty()
         self.open_line = False
+        logging.getLogger("bone_ds").handlers = [_Lines(self)]
 
     def step(self, step: int, loss: float, learning_rate: float, grad_norm: float, rates: tuple[float, float, float]) -> None:
         """rates: positions, tokens and loss-bearing tokens per second."""
@@ -54,6 +59,15 @@ class Progress:
         self.open_line = in_place
         with self.log.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+
+class _Lines(logging.Handler):
+    def __init__(self, progress: Progress):
+        super().__init__()
+        self.progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.progress.say(record.getMessage())
 
 
 def _clock(seconds: float) -> str:

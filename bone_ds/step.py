@@ -26,13 +26,13 @@ def optimizer_step(engine: Engine, batches: list[Batch], label_tokens: int, lear
                    check_gradients: bool = False) -> StepResult:
     """Trains on this rank's micro-batches of one global batch that holds `label_tokens` loss-bearing tokens in all.
 
-    Every rank brings the same number of micro-batches; one without labels still runs. The gradient is that of the mean
+    Every rank brings the same number of batches; one without labels still runs. Micro-batches may be cut into chunks that
+    continue each other: the state is carried, the gradient through it is not. The gradient is that of the mean
     over the global batch: ranks average, so each scales its sums by world_size / label_tokens. With `check_gradients`,
     raises InjectionError naming a layer whose adapter received no gradient, or a bad one.
     """
     loss_sum = 0.0
-    for index, batch in enumerate(batches):
-        loss = engine.loss(batch)
+    for index, loss in enumerate(engine.losses(batches)):
         engine.backward(loss * (engine.world_size / label_tokens), boundary=index == len(batches) - 1)
         loss_sum += float(loss.detach())
     if check_gradients:

@@ -14,7 +14,7 @@ from bone_ds import activation, adapter_file, arch, checkpoint, ds_json
 from bone_ds import engine as engines
 from bone_ds.arch import Architecture, Source
 from bone_ds.config import RunConfig
-from bone_ds.data import GlobalOrder, Samples, collate, deal, load_samples
+from bone_ds.data import GlobalOrder, Samples, collate_chunks, deal, load_samples
 from bone_ds.engine import Engine
 from bone_ds.errors import CheckpointError, ConfigError, DataError
 from bone_ds.evaluate import HeldOut
@@ -50,12 +50,14 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False) -> RunResult:
         torch.manual_seed(config.train.seed)
         device = engines.device(ranks)
         architecture = arch.resolve(config.model)
+        _check_architecture(config, architecture)
         source = architecture.open(config.model)
         if not engines.agree(source.fingerprint):
             raise CheckpointError(f"model.path: {config.model.path}: the ranks found different weights; give every host the same model")
         samples, held_out_samples = _load_data(config, architecture, source)
         order = GlobalOrder(samples, config.data.packing, config.data.max_length, config.train.global_batch_size, config.train.seed)
-        held_out = held_out_samples and HeldOut(held_out_samples, config.data.packing, config.data.max_length, ranks, device)
+        held_out = held_out_samples and HeldOut(
+            held_out_samples, config.data.packing, config.data.max_length, ranks, device, config.train.chunk_length)
         steps = config.train.steps or order.steps_in_epochs(config.train.epochs or 1)
         if config.train.warmup_steps > steps:
             raise ConfigError(f"train.warmup_steps: {config.train.warmup_steps} is more than the run's {steps} steps")
@@ -81,13 +83,15 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False) -> RunResult:
 
         evaluation = _evaluate(held_out, engine, run, ranks, progress, first_step)
         result = None
+        adapted = config.adapter.method != "full"  # a fresh model has layers behind zeros that get no gradient at first
         for step in range(first_step, steps):
             step_started = time.monotonic()
             window = order.window(step)
             hands = deal(window, ranks.rank, ranks.world_size, config.train.micro_batch_size, config.train.global_batch_size)
-            batches = [collate(samples, units, device) for units in hands]
+            batches = [chunk for hand in hands
+                       for chunk in collate_chunks(samples, hand.units, device, config.train.chunk_length, hand.all_units)]
             rate = learning_rate(config.train, step, steps)
-            result = optimizer_step(engine, batches, window.label_tokens, rate, check_gradients=step == 0)
+            result = optimizer_step(engine, batches, window.label_tokens, rate, check_gradients=step == 0 and adapted)
             step_s = time.monotonic() - step_started
 
             done = step + 1
@@ -121,7 +125,14 @@ def build_engine(config: RunConfig, architecture: Architecture, source: Source, 
     architecture.load(model, source, placement)
     trainable = inject(model, architecture, config.adapter)
     activation.apply(model, architecture, config.train.activation_checkpointing)
-    return Engine(Objective(model, architecture, config.train.loss_chunk), trainable, ds)
+    return Engine(Objective(model, architecture, config.train.loss_chunk, config.train.l2wrap), trainable, ds)
+
+
+def _check_architecture(config: RunConfig, architecture: Architecture) -> None:
+    """Raises ConfigError for what this architecture has not."""
+    if config.train.chunk_length and not architecture.carries_state:
+        raise ConfigError(f"train.chunk_length: {config.train.chunk_length} needs an architecture that carries a state from chunk to "
+                          f"chunk, {architecture.name} has none; remove it")
 
 
 def _load_data(config: RunConfig, architecture: Architecture, source: Source) -> tuple[Samples, Samples | None]:
@@ -192,8 +203,7 @@ class _Writer:
     def write_adapter(self, step: int, masters: dict[str, torch.Tensor]) -> None:
         """masters: whole on rank 0, which writes."""
         if self.ranks.is_first:
-            targets = self.config.adapter.targets or self.architecture.targets
-            header = adapter_file.header_of(self.config, self.architecture.name, targets, self.source, step)
+            header = adapter_file.header_of(self.config, self.architecture, self.source, step)
             adapter_file.write(self.run.adapter, header, masters)
 
     def save(self, step: int) -> None:

@@ -5,6 +5,7 @@ Importing the package is cheap; torch and transformers come with the first call 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from bone_ds.arch import Placement, Source
+    from bone_ds.arch import Placement, Source, State
     from bone_ds.config import ModelConfig
 
 
@@ -23,6 +24,7 @@ class Llama:
 
     name = "llama"
     targets = TARGETS
+    carries_state = False
 
     def recognises(self, path: str) -> bool:
         from llama_adapters import weights
@@ -52,18 +54,29 @@ class Llama:
     def layers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         return layers(model)
 
-    def hidden(self, model: nn.Module, tokens: Tensor, document_lengths: tuple[int, ...]) -> Tensor:
+    def hidden(self, model: nn.Module, tokens: Tensor, document_lengths: tuple[int, ...], state: State | None = None,
+               keep_state: bool = False) -> tuple[Tensor, None]:
         from llama_adapters import attention
 
-        return attention.hidden(model, tokens, document_lengths)
+        assert state is None and not keep_state, "attention carries no state"
+        return attention.hidden(model, tokens, document_lengths), None
+
+    def add_initial_state(self, model: nn.Module, first_layer: int, last_layer: int) -> dict[str, nn.Parameter]:
+        raise AssertionError("attention carries no state")
 
     def head(self, model: nn.Module) -> nn.Parameter:
         return model.lm_head.weight
 
-    def weight_files(self, source: Source) -> list[Path]:
-        from llama_adapters import weights
+    def generate(self, model: nn.Module, prompts: list[list[int]], max_new_tokens: int, stop: int,
+                 choose: Callable[[Tensor], Tensor]) -> list[list[int]]:
+        from llama_adapters import generation
 
-        return weights.weight_files(source)
+        return generation.generate(model, prompts, max_new_tokens, stop, choose)
+
+    def rewrite(self, source: Source, out: Path, change: Callable[[str, Tensor], Tensor]) -> None:
+        from llama_adapters import rewriting
+
+        rewriting.rewrite(source, out, change)
 
 
 ARCHITECTURE = Llama()

@@ -28,7 +28,7 @@ def recognises(path: str) -> bool:
     """Whether this may be a Llama; what is no directory here is taken on its face, `open` says what it really is."""
     place = Path(path).expanduser()
     if not place.is_dir():
-        return place.suffix != ".pth"
+        return place.suffix not in (".pth", ".safetensors")
     try:
         return json.loads((place / "config.json").read_text(encoding="utf-8")).get("model_type") == "llama"
     except (OSError, ValueError, AttributeError):
@@ -41,20 +41,20 @@ def open(model: ModelConfig) -> Source:
     config = checks.read_config(directory)
     tensors = checks.check_tensors(config, checks.read_tensors(directory), directory)
     checks.check_tokenizer(directory)
-    return Source(directory=directory, origin=model.path, revision=revision, fingerprint=fingerprint(tensors))
+    return Source(path=directory, origin=model.path, revision=revision, fingerprint=fingerprint(tensors))
 
 
 def tokenizer(source: Source):
     """The directory's own tokenizer. Raises CheckpointError."""
     try:
-        return AutoTokenizer.from_pretrained(source.directory, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise a dozen kinds for a damaged file
-        raise CheckpointError(f"{source.directory}: its tokenizer can't be loaded: {checks.one_line(error)}") from None
+        raise CheckpointError(f"{source.path}: its tokenizer can't be loaded: {checks.one_line(error)}") from None
 
 
 def build(source: Source, dtype: torch.dtype) -> nn.Module:
     """A LlamaForCausalLM with unset weights of `dtype` and our attention; called under `Placement.empty()`."""
-    config = LlamaConfig.from_pretrained(source.directory)  # `open` has checked it
+    config = LlamaConfig.from_pretrained(source.path)  # `open` has checked it
     config.use_cache = False
     config.attention_dropout = 0.0
     config._attn_implementation = attention.NAME
@@ -69,7 +69,7 @@ def load(model: nn.Module, source: Source, placement: Placement) -> None:
 
     Called outside `Placement.empty()`. Raises CheckpointError.
     """
-    tensors = _read_checked(source.directory, model.config)
+    tensors = _read_checked(source.path, model.config)
     with ExitStack() as stack:
         files = {path: stack.enter_context(_mapped(path)) for path in sorted({stored.file for stored in tensors.values()})}
         for name, param in model.named_parameters():
@@ -89,8 +89,8 @@ def fingerprint(tensors: dict[str, checks.Stored]) -> str:
 
 def weight_files(source: Source) -> list[Path]:
     """The safetensors files that hold the model's parameters, sorted."""
-    config = checks.read_config(source.directory)
-    return sorted({stored.file for stored in _read_checked(source.directory, config).values()})
+    config = checks.read_config(source.path)
+    return sorted({stored.file for stored in _read_checked(source.path, config).values()})
 
 
 def _find(model: ModelConfig) -> tuple[Path, str | None]:

@@ -64,7 +64,7 @@ def train(ranks, config: dict, resume: str | None = None, checkpoints: str | Non
     from bone_ds import arch, checkpoint, ds_json
     from bone_ds import engine as engines
     from bone_ds.config import validate
-    from bone_ds.data import GlobalOrder, collate, deal, load_samples
+    from bone_ds.data import GlobalOrder, collate_chunks, deal, load_samples
     from bone_ds.evaluate import HeldOut
     from bone_ds.step import learning_rate, optimizer_step
     from bone_ds.train import build_engine
@@ -76,7 +76,7 @@ def train(ranks, config: dict, resume: str | None = None, checkpoints: str | Non
     source = architecture.open(config.model)
     samples = load_samples(config.data, architecture.tokenizer(source))
     order = GlobalOrder(samples, config.data.packing, config.data.max_length, config.train.global_batch_size, config.train.seed)
-    held_out = HeldOut(samples, config.data.packing, config.data.max_length, ranks, device)
+    held_out = HeldOut(samples, config.data.packing, config.data.max_length, ranks, device, config.train.chunk_length)
     torch.manual_seed(config.train.seed)
     engine = build_engine(config, architecture, source, ds, device)
     gradients = _recorded(engine)
@@ -85,7 +85,8 @@ def train(ranks, config: dict, resume: str | None = None, checkpoints: str | Non
     for step in range(first, config.train.steps):
         window = order.window(step)
         hands = deal(window, ranks.rank, ranks.world_size, config.train.micro_batch_size, config.train.global_batch_size)
-        batches = [collate(samples, units, device) for units in hands]
+        batches = [chunk for hand in hands
+                   for chunk in collate_chunks(samples, hand.units, device, config.train.chunk_length, hand.all_units)]
         rate = learning_rate(config.train, step, config.train.steps)
         result = optimizer_step(engine, batches, window.label_tokens, rate, check_gradients=step == 0)
         outcome["losses"].append(result.loss)

@@ -36,7 +36,7 @@ def kept_and_gradients(directory, policy, **adapter):
 
     tokens = torch.arange(3, 43)[None]
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = ARCHITECTURE.hidden(model, tokens, (40,)).square().sum()
+        loss = ARCHITECTURE.hidden(model, tokens, (40,))[0].square().sum()
     loss.backward()
     return sum(kept_bytes.values()), {name: parameter.grad for name, parameter in trainable.items()}
 

@@ -18,6 +18,7 @@ def whole(tmp_path_factory):
     save_tiny(directory / "base")
     random_adapter(directory / "base", directory / "row.safetensors", rank=8)
     random_adapter(directory / "base", directory / "lora.safetensors", method="lora", rank=4)
+    random_adapter(directory / "base", directory / "full.safetensors", method="full")
     return directory
 
 
@@ -72,6 +73,8 @@ HEADERS = {
     "rank as text": (setting(rank="8"), ["rank", "'8'"]),
     "another rank": (setting(rank=16), ["down_proj.bone", "shape (8, 8, 8) does not fit rank 16"]),
     "grouping relabelled": (setting(grouping="col"), ["down_proj.bone", "(8, 8, 8)", "grouping 'col' needs (4, 8, 8)"]),
+    "method relabelled as state": (setting(method="state"), ["down_proj.bone", "'state' has no such tensor"]),
+    "method relabelled as full": (setting(method="full"), ["lm_head.weight: is missing"]),
     "method relabelled": (setting(method="lora"), ["down_proj.bone", "'lora' has no such tensor"]),
     "unknown target": (setting(targets=["q_proj", "c_attn"]), ["does not fit", "'c_attn'", "choose among q_proj"]),
     "fewer targets": (setting(targets=["q_proj"]), ["layers.0.mlp.down_proj.bone", "targets and layers leave it out"]),
@@ -124,6 +127,17 @@ def test_a_block_size_that_does_not_divide(whole, tmp_path, refuse):
 ])
 def test_lora_tensors(whole, tmp_path, refuse, change, says):
     message = refuse(rewritten(whole / "lora.safetensors", tmp_path / "adapter.safetensors", tensors=change))
+    assert all(part in message for part in says), message
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda tensors: tensors.pop(f"{Q1}.weight"), [f"{Q1}.weight: is missing"]),
+    (lambda tensors: tensors.update({f"{Q1}.bias": torch.ones(32)}), [f"{Q1}.bias", "no such layer"]),
+    (lambda tensors: tensors.update({"model.norm.weight": torch.ones(16)}), ["model.norm.weight", "(16,)", "needs (32,)"]),
+    (lambda tensors: tensors["model.norm.weight"].fill_(float("nan")), ["model.norm.weight", "NaN"]),
+])
+def test_full_tensors(whole, tmp_path, refuse, change, says):
+    message = refuse(rewritten(whole / "full.safetensors", tmp_path / "adapter.safetensors", tensors=change))
     assert all(part in message for part in says), message
 
 

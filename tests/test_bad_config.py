@@ -70,6 +70,7 @@ OUT_OF_RANGE = [
     ("train.steps", "0"), ("train.epochs", "0"), ("train.global_batch_size", "0"), ("train.micro_batch_size", "-1"),
     ("train.learning_rate", "0.0"), ("train.warmup_steps", "-1"), ("train.final_lr_ratio", "1.5"), ("train.weight_decay", "-0.1"),
     ("train.beta1", "1.0"), ("train.beta2", "-0.5"), ("train.eps", "0.0"), ("train.max_grad_norm", "-1.0"), ("train.loss_chunk", "0"),
+    ("train.chunk_length", "8"), ("train.l2wrap", "-0.1"), ("model.tokenizer", "''"),
     ("train.seed", "-1"), ("train.eval_every", "-1"), ("train.save_every", "-1"), ("train.keep_checkpoints", "0"),
     ("data.train", "[]"), ("output.directory", "''"), ("model.path", "''"),
 ]
@@ -84,9 +85,10 @@ def test_out_of_range(refuse, field, value):
 CHOICES = [
     ("model.dtype", "fp16", "did you mean 'bf16'?"), ("adapter.method", "lorra", "did you mean 'lora'?"),
     ("adapter.grouping", "column", "did you mean 'col'?"), ("adapter.strategy", "magic", "'factored'"),
-    ("data.prompt", "templte", "did you mean 'template'?"), ("data.overlong", "split", "'truncate' or 'drop'"),
+    ("data.prompt", "templte", "did you mean 'template'?"), ("data.overlong", "cut", "'truncate', 'drop' or 'split'"),
     ("train.schedule", "cosin", "did you mean 'cosine'?"), ("train.activation_checkpointing", "full", "'none', 'bone' or 'layer'"),
-    ("model.architecture", "lama", "did you mean 'llama'?"),
+    ("model.architecture", "lama", "did you mean 'llama'?"), ("model.architecture", "rwkv7", "did you mean 'rwkv'?"),
+    ("model.wkv", "cuda", "'chunked'"), ("adapter.method", "stat", "did you mean 'state'?"),
 ]
 
 
@@ -101,6 +103,11 @@ CONFLICTS = [
     (["adapter.method=lora", "adapter.strategy=fused"], ["adapter.strategy", "'fused'"]),
     (["adapter.method=lora", "train.activation_checkpointing=bone"], ["train.activation_checkpointing", "'bone'", "'lora'"]),
     (["adapter.alpha=16"], ["adapter.alpha", "16"]),
+    (["adapter.method=state", "adapter.rank=64"], ["adapter.rank", "64", "state"]),
+    (["adapter.method=state", "adapter.targets=[att.key]"], ["adapter.targets", "['att.key']", "state"]),
+    (["adapter.method=full", "adapter.layers=[0, 1]"], ["adapter.layers", "[0, 1]", "full"]),
+    (["adapter.method=full", "train.activation_checkpointing=bone"], ["train.activation_checkpointing", "'bone'", "'full'"]),
+    (["data.overlong=split"], ["data.overlong", "'split'", "'metamath'"]),
     (["adapter.grouping=col", "adapter.strategy=factored"], ["adapter.strategy", "'factored'", "'col'"]),
     (["adapter.targets=[]"], ["adapter.targets", "[]"]),
     (["adapter.targets=[q_proj, q_proj]"], ["adapter.targets", "['q_proj', 'q_proj']"]),

@@ -9,6 +9,7 @@ import pytest
 
 from bone_ds.config import DataConfig
 from bone_ds.data import build_prompt, read_rows
+from bone_ds.data.sources import read_text
 from bone_ds.errors import DataError
 
 GOOD = '{"query": "one", "response": "1"}\n'
@@ -53,6 +54,7 @@ BAD = {
     "Latin-1": ("a.jsonl", GOOD.encode() + '{"query": "ö", "response": "1"}'.encode("latin-1"), ["a.jsonl:2", "0xf6", "UTF-8"]),
     "Latin-1 in a list": ("a.json", '[\n\n{"query": "ö"}]'.encode("latin-1"), ["a.json:3", "0xf6", "UTF-8"]),
     "UTF-16": ("a.jsonl", GOOD.encode("utf-16"), ["a.jsonl:1", "0xff", "UTF-8"]),
+    "a text file": ("a.txt", b"one", ["a.txt", "'.txt'", "data.prompt: text"]),
     "suffix": ("a.csv", b"query,response\n", ["a.csv", "'.csv'", ".jsonl", ".json"]),
     "no suffix": ("train", GOOD.encode(), ["train", "''", ".jsonl"]),
 }
@@ -108,6 +110,24 @@ def test_a_missing_file(tmp_path):
 def test_a_directory(tmp_path):
     (tmp_path / "data.jsonl").mkdir()
     assert "is a directory" in refusal(tmp_path / "data.jsonl")
+
+
+@pytest.mark.parametrize(("content", "named"), [
+    (b"", "is empty"), ("one\nzwölf".encode("latin-1"), "a.txt:2: byte 0xf6 is not UTF-8"), ("one".encode("utf-16"), "a.txt:1: byte 0xff")])
+def test_a_bad_text_file(tmp_path, content, named):
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read_text(path, "text")
+    assert str(path) in str(caught.value) and named in str(caught.value)
+
+
+def test_a_text_file_too_large_for_one_text(tmp_path):
+    path = tmp_path / "a.txt"
+    path.touch()
+    os.truncate(path, 2**31)  # without a byte on the disk
+    with pytest.raises(DataError, match=r"one document of 2147483648 bytes; make it rows of a \.jsonl"):
+        read_text(path, "text")
 
 
 def test_the_second_file_is_named(tmp_path):

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_llama import save_tiny
 
 from bone_ds import cli, launch
 from bone_ds.cli import main
 
 ROOT = Path(__file__).parents[1]
+SIZES = ("--layers", "2", "--width", "32", "--vocab", "256", "--head-size", "8")
 HEAVY = ("torch", "transformers", "deepspeed", "peft", "datasets", "numpy")
 
 
@@ -27,6 +29,8 @@ def shell(*arguments: str, directory: Path) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("arguments, code", [
     ([], 2), (["--help"], 0), (["--version"], 0), (["train", "--help"], 0), (["config"], 0), (["config", "absent.yaml"], 2),
     (["train", "absent.yaml"], 2), (["train", "wrong.yaml", "--ranks", "2"], 2), (["merge", "--help"], 0),
+    (["generate", "--help"], 0), (["import", "--help"], 0), (["export", "--help"], 0), (["init", "--help"], 0),
+    (["generate", "model.pth", "--prompt", "a", "--top-p", "0.5"], 2), (["init", "rwkv", *SIZES, "--out", "a.pth", "--seed", "-1"], 2),
 ], ids=str)
 def test_quick_answers_import_nothing_heavy(tmp_path, arguments, code):
     (tmp_path / "wrong.yaml").write_text("model: {path: m}\ndata: {trian: a.jsonl}\noutput: {directory: run}\n")
@@ -94,6 +98,8 @@ def refused(directory: Path, *arguments: str) -> str:
     (["data.eval=gone.jsonl"], ["data.eval: gone.jsonl", "no such file"]),
     (["model.path=./gone"], ["model.path: ./gone", "no such file or directory"]),
     (["model.path=gone.gguf"], ["model.path: gone.gguf", "no such file or directory"]),
+    (["model.path=gone.pth"], ["model.path: gone.pth", "no such file or directory"]),
+    (["data.train=gone.bin", "data.prompt=text"], ["data.train: gone.bin", "no such file"]),
     (["--resume"], ["--resume", "run holds no run"]),
     (["output.directory=old"], ["output.directory: old", "not empty", "--resume"]),
     (["output.directory=old/notes"], ["output.directory: old/notes", "is a file"]),
@@ -157,7 +163,54 @@ def test_a_rank_whose_peer_is_gone_leaves_the_word_to_it(monkeypatch, environ, w
     assert waited == waits
 
 
-@pytest.mark.parametrize("arguments", [["trian", "a.yaml"], ["train"], ["merge", "a"], ["config", "--rank"],
+def test_a_new_model(tmp_path, capsys):
+    assert main(["init", "rwkv", *SIZES, "--dtype", "fp32", "--seed", "3", "--out", str(tmp_path / "in/a.pth")]) == 0
+    assert "a.pth: 2 layers of 32, " in capsys.readouterr().out
+    tensors = torch.load(tmp_path / "in/a.pth", weights_only=True)
+    assert tensors["emb.weight"].shape == (256, 32) and tensors["blocks.1.ffn.key.weight"].shape == (96, 32)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert main(["init", "rwkv", *SIZES, "--ffn", "40", "--out", str(tmp_path / "b.pth")]) == 0
+    other = torch.load(tmp_path / "b.pth", weights_only=True)
+    assert other["blocks.1.ffn.key.weight"].shape == (40, 32) and other["emb.weight"].dtype == torch.bfloat16
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "in/a.pth"), "--prompt", "a", "--max-new-tokens", "2", "--ignore-eos"]) == 0
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change, says", [
+    (["--layers", "0"], "layers of a new model is 0"), (["--width", "36"], "width 36 of a new model is no multiple of its head size 8"),
+    (["--vocab", "-1"], "vocabulary of a new model is -1"), (["--ffn", "0"], "ffn width of a new model is 0"),
+    (["--seed", str(2**63)], "--seed: 9223372036854775808"), (["--out", "here/a.bin"], ".pth"),
+    (["--out", "here/old.pth"], "exists already"), (["--out", "here/old.pth/a.pth"], "File exists"),
+], ids=str)
+def test_a_new_model_that_is_refused(tmp_path, monkeypatch, capsys, change, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/old.pth").touch()
+    assert main(["init", "rwkv", *SIZES, "--out", "here/a.pth", *change]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and says in output.err and output.err.startswith("bone-ds: ") and output.err.count("\n") == 1, output.err
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["old.pth"]
+
+
+@pytest.mark.parametrize("error, ends", [
+    (OSError(28, "No space left on device", "run/log.txt"), True), (OSError(5, "I/O error"), False)], ids=str)
+def test_what_the_system_refuses_is_one_line_if_it_names_a_file(monkeypatch, capsys, error, ends):
+    def fail(options, given):
+        raise error
+
+    monkeypatch.setattr(cli, "_config", fail)
+    if ends:
+        assert main(["config"]) == 2
+        assert capsys.readouterr().err == "bone-ds: run/log.txt: No space left on device\n"
+    else:
+        with pytest.raises(OSError, match="I/O error"):
+            main(["config"])
+
+
+@pytest.mark.parametrize("arguments", [["trian", "a.yaml"], ["train"], ["merge", "a"], ["config", "--rank"], ["generate"],
+                                       ["import", "a.pth", "--base", "b.pth", "--out", "c"], ["export", "a", "--to", "peft", "--out", "b"],
+                                       ["init", "llama", *SIZES, "--out", "a"], ["generate", "m", "--dtype", "fp16"],
                                        ["train", "a.yaml", "--ranks", "two"]])
 def test_wrong_usage(arguments, capsys):
     with pytest.raises(SystemExit) as end:

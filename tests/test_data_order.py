@@ -107,13 +107,15 @@ def test_the_ranks_together_see_exactly_the_window(lengths, packing, world_size,
     for window in windows_of_epoch(order, 0):
         hands = [deal(window, rank, world_size, micro, batch) for rank in range(world_size)]
         assert {len(hand) for hand in hands} == {-(-len(window.units) // (world_size * micro))}
-        assert all(len(micro_batch) <= micro for hand in hands for micro_batch in hand)
-        dealt = [unit for hand in hands for micro_batch in hand for unit in micro_batch]
-        assert sorted(dealt) == sorted(window.units)
-        batches = [collate(samples, micro_batch, "cpu") for hand in hands for micro_batch in hand]
+        dealt = [hand for mine in hands for hand in mine]
+        assert all(len(hand.units) <= micro for hand in dealt)
+        assert sorted(unit for hand in dealt for unit in hand.units) == sorted(window.units)
+        batches = [collate(samples, hand.units, "cpu") for hand in dealt]
         assert sum(len(part.labels) for part in batches) == window.label_tokens
         if len(window.units) == batch:
-            assert all(len(micro_batch) == micro for hand in hands for micro_batch in hand)
+            assert all(len(hand.units) == micro for hand in dealt)
+        for together in zip(*hands, strict=True):
+            assert all(hand.all_units == [other.units for other in together] for hand in together)
 
 
 def test_the_world_size_changes_nothing_but_the_hands():
@@ -123,7 +125,7 @@ def test_the_world_size_changes_nothing_but_the_hands():
         for world_size in (1, 2, 3, 4, 5):
             window = GlobalOrder(samples, True, CAPACITY, 60, seed=2).window(step)
             hands = [deal(window, rank, world_size, 1, 60) for rank in range(world_size)]
-            seen.append(sorted(unit for hand in hands for micro_batch in hand for unit in micro_batch))
+            seen.append(sorted(unit for mine in hands for hand in mine for unit in hand.units))
         assert all(units == seen[0] for units in seen)
 
 
@@ -132,7 +134,7 @@ def test_ranks_get_about_equal_work_in_each_round():
     window = GlobalOrder(samples, False, CAPACITY, 64, seed=0).window(0)
     hands = [deal(window, rank, 4, 4, 64) for rank in range(4)]
     for parts in zip(*hands, strict=True):
-        tokens = [sum(samples.lengths[unit].sum() for unit in part) for part in parts]
+        tokens = [sum(samples.lengths[unit].sum() for unit in hand.units) for hand in parts]
         assert max(tokens) <= 1.2 * min(tokens)
 
 
@@ -142,8 +144,8 @@ def test_an_idle_rank_in_the_last_window():
     assert order.steps_in_epochs(1) == 2
     last = order.window(1)
     hands = [deal(last, rank, 4, 1, 8) for rank in range(4)]
-    assert sorted(map(str, hands)) == sorted(map(str, [[last.units], [[]], [[]], [[]]]))
-    assert sum(len(collate(samples, hand[0], "cpu").labels) for hand in hands) == last.label_tokens == 2
+    assert sorted(hand.units for (hand,) in hands) == [[], [], [], last.units]
+    assert sum(len(collate(samples, hand.units, "cpu").labels) for (hand,) in hands) == last.label_tokens == 2
 
 
 def test_a_batch_that_does_not_divide_is_refused():

@@ -189,7 +189,106 @@ def test_splits_and_limits(tmp_path):
     assert load_samples(config, tokenizer, split="eval").report.rows == 2
 
 
+# whole documents
+
+
+def make_text(tmp_path, texts, tokenizer, **options):
+    path = write(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
+    return load_samples(DataConfig(train=(path,), prompt="text", **options), tokenizer)
+
+
+def test_all_of_a_text_but_its_first_token_is_learnt(tmp_path):
+    samples = make_text(tmp_path, ["w1 w2 w3", "w4", "", " \n", "w5 </s>"], word_tokenizer(adds_bos=False, bos=None))
+    assert [words(samples[index]) for index in range(len(samples))] == [["w1", "w2", "w3", "</s>"], ["w4", "</s>"], ["w5", "</s>"]]
+    batch = collate(samples, [[0, 1]], "cpu")
+    assert batch.label_positions.tolist() == [0, 1, 2, 4]
+    assert words(batch.labels) == ["w2", "w3", "</s>", "</s>"]
+    assert (samples.report.rows, samples.report.label_less, samples.report.label_tokens) == (5, 2, 5)
+
+
+def test_after_bos_all_of_a_text_is_learnt(tmp_path):
+    samples = make_text(tmp_path, ["w1 w2", "<s> w3"], word_tokenizer(adds_bos=True))
+    assert [words(samples[index]) for index in (0, 1)] == [["<s>", "w1", "w2", "</s>"], ["<s>", "w3", "</s>"]]
+    assert samples.label_counts.tolist() == [3, 2]
+
+
+def test_the_texts_column_may_have_another_name(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"body": "w1 w2", "text": 3}])
+    samples = load_samples(DataConfig(train=(path,), prompt="text", fields={"text": "body"}), word_tokenizer(adds_bos=False))
+    assert words(samples[0]) == ["w1", "w2", "</s>"]
+
+
+def test_a_txt_file_is_one_document(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("w1 w2\n\nw3\n")
+    config = DataConfig(train=(str(path),), prompt="text", fields={"text": "body"})
+    samples = load_samples(config, word_tokenizer(adds_bos=False))
+    assert len(samples) == 1 and words(samples[0]) == ["w1", "w2", "w3", "</s>"]
+
+
+# in words; EOS is one token more. Pieces of 8 start at the tokens 0, 7, 14
+@pytest.mark.parametrize(("count", "lengths"), [(7, [8]), (8, [8, 2]), (13, [8, 7]), (14, [8, 8]), (15, [8, 8, 2])])
+def test_split_pieces_overlap_by_a_token_that_is_not_learnt_again(tmp_path, count, lengths):
+    text = " ".join(f"w{number}" for number in range(count))
+    samples = make_text(tmp_path, [text], word_tokenizer(adds_bos=False), max_length=8, overlong="split")
+    assert samples.lengths.tolist() == lengths
+    learnt = [word for index in range(len(samples)) for word in words(collate(samples, [[index]], "cpu").labels)]
+    assert learnt == [*text.split()[1:], "</s>"]
+    assert all(samples[index][-1] == samples[index + 1][0] for index in range(len(samples) - 1))
+
+
+def test_split_pieces_after_bos(tmp_path):
+    samples = make_text(tmp_path, ["w1 w2 w3 w4 w5 w6 w7 w8 w9"], word_tokenizer(adds_bos=True), max_length=8, overlong="split")
+    assert [words(samples[index]) for index in range(len(samples))] == [
+        ["<s>", *[f"w{number}" for number in range(1, 8)]], ["w7", "w8", "w9", "</s>"]]
+    assert samples.label_counts.tolist() == [7, 3]
+
+
+def test_splitting_counts_rows_and_samples(tmp_path):
+    texts = ["w1 w2", "w3 " * 20, "", "w4 " * 9]
+    report = make_text(tmp_path, texts, word_tokenizer(adds_bos=False), max_length=8, overlong="split").report
+    assert (report.rows, report.split, report.pieces, report.kept, report.label_less, report.longest) == (4, 2, 5, 6, 1, 21)
+    assert report.rows == report.kept - report.pieces + report.split + report.dropped + report.label_less
+    assert report.label_tokens == 2 + 20 + 9 and report.truncated == 0
+    assert "6 samples of 4 rows" in str(report) and "2 split into 5" in str(report)
+
+
+@pytest.mark.parametrize(("overlong", "kept", "truncated", "dropped"), [("truncate", 2, 1, 0), ("drop", 1, 0, 1)])
+def test_a_long_text_may_be_cut_or_dropped_too(tmp_path, overlong, kept, truncated, dropped):
+    samples = make_text(tmp_path, ["w1 w2", "w3 " * 20], word_tokenizer(adds_bos=False), max_length=8, overlong=overlong)
+    assert (samples.report.kept, samples.report.truncated, samples.report.dropped) == (kept, truncated, dropped)
+    assert "split" not in str(samples.report)
+
+
 # prompts
+
+
+def test_user_assistant_wording():
+    prompt = build_prompt(DataConfig(train=("x",), prompt="user_assistant", fields={"query": "question"}))
+    row = {"question": "What is {1} + 1?", "response": "Two.\n\nIt is {2}."}
+    assert prompt.prompt_text(row) == "User: What is {1} + 1?\n\nAssistant:"
+    assert prompt.completion_text(row) == " Two.\n\nIt is {2}."
+    assert prompt.columns == {"query": "question", "response": "response"}
+    assert prompt.prompt_columns == {"query": "question"}
+    assert prompt.prompt_text({"question": "Hi"}) == "User: Hi\n\nAssistant:"
+
+
+@pytest.mark.parametrize(("query", "worded"), [
+    ("one\n\ntwo", "one\ntwo"),
+    ("one\r\n\r\ntwo\r\nthree", "one\ntwo\nthree"),
+    ("\n one\n\n\n\n  two \n\n", "one\n  two"),
+    ("one\ntwo", "one\ntwo"),
+])
+def test_a_blank_line_in_the_query_would_end_the_turn(query, worded):
+    prompt = build_prompt(DataConfig(train=("x",), prompt="user_assistant"))
+    assert prompt.prompt_text({"query": query, "response": "x"}) == f"User: {worded}\n\nAssistant:"
+
+
+def test_user_assistant_samples(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"query": "w1\n\nw2", "response": "w3"}, {"query": "w1", "response": " "}])
+    samples = load_samples(DataConfig(train=(path,), prompt="user_assistant"), word_tokenizer(adds_bos=False))
+    assert samples.report.label_less == 1
+    assert words(samples[0])[-2:] == ["w3", "</s>"] and samples.label_count(0) == 2
 
 
 def test_metamath_wording():
@@ -229,6 +328,8 @@ def test_template_with_literal_braces_and_mapped_fields():
 
 @pytest.mark.parametrize(("options", "named"), [
     (dict(fields={"qury": "question"}), "did you mean 'query'"),
+    (dict(prompt="user_assistant", fields={"question": "q"}), "it has query, response"),
+    (dict(prompt="text", fields={"txt": "body"}), "did you mean 'text'"),
     (dict(prompt="template", template="{q", completion="{a}"), "data.template"),
     (dict(prompt="template", template="{q}", completion="{a"), "data.completion"),
     (dict(prompt="template", template="{}", completion="{a}"), "no plain"),

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from bone_ds.data import read_rows
+from bone_ds.data.sources import read_text
 
 COLUMNS = {"query": "query", "response": "response"}
 
@@ -102,6 +103,14 @@ def test_a_rewritten_file_is_read_anew(tmp_path):
     for word in ("first", "other"):
         path.write_text(lines({"query": word, "response": "1"}))
         assert read(path) == [(word, "1")]
+
+
+@pytest.mark.parametrize("text", ["one", "zwölf 漢字\u2028\n\n x\r\ny\n", "[1]", '{"text": 1}'])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_text_file_is_one_row_as_it_stands(tmp_path, text, mark):
+    path = tmp_path / "a.txt"
+    path.write_bytes(mark + text.encode())
+    assert read_text(path, "body").to_list() == [{"body": text}]
 
 
 def test_nothing_is_asked_of_the_network(tmp_path, monkeypatch):

@@ -8,12 +8,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     "bone_ds.errors, ds_configs", "bone_ds.tensor_file", "bone_ds.bone", "bone_ds.config", "bone_ds.ds_json", "bone_ds.arch",
-    "llama_adapters", "bone_ds.methods", "bone_ds.inject", "bone_ds.activation", "bone_ds.data", "bone_ds.loss", "bone_ds.objective",
-    "bone_ds.adapter_file", "bone_ds.merge", "bone_ds.launch", "bone_ds.engine", "bone_ds.step", "bone_ds.checkpoint",
+    "llama_adapters, rwkv_adapters", "bone_ds.methods", "bone_ds.inject", "bone_ds.activation", "bone_ds.data", "bone_ds.loss", "bone_ds.objective",
+    "bone_ds.adapter_file", "bone_ds.formats", "bone_ds.merge", "bone_ds.launch", "bone_ds.engine", "bone_ds.step", "bone_ds.checkpoint",
     "bone_ds.evaluate, bone_ds.generate", "bone_ds.run_directory, bone_ds.progress", "bone_ds.train", "bone_ds.cli", "bone_ds.__main__",
     "bone_ds.demo"]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split(", ")}
-OURS = ("bone_ds", "llama_adapters", "ds_configs")
+OURS = ("bone_ds", "llama_adapters", "rwkv_adapters", "ds_configs")
 FILES = sorted(path for package in OURS for path in (ROOT / package).rglob("*.py"))
 
 
@@ -48,7 +48,7 @@ def test_imports_go_one_way(path):
             assert unit(name) and LEVEL[unit(ours)] < LEVEL[unit(name)], f"{name} imports {ours}"
     packages = {imported.split(".")[0] for imported in used}
     assert "deepspeed" not in packages or unit(name) == "bone_ds.engine", f"{name} imports deepspeed"
-    if unit(name) == "llama_adapters":
+    if unit(name) in ("llama_adapters", "rwkv_adapters"):
         assert {unit(ours) for ours in used if ours.startswith("bone_ds")} <= {
             "bone_ds.arch", "bone_ds.config", "bone_ds.errors", "bone_ds.tensor_file"}
     if unit(name) == "bone_ds.bone":

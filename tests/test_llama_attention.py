@@ -82,10 +82,10 @@ def test_positions_restart_and_bounds_close():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_runs_on_fake_tensors(tmp_path, dtype, tied):
     tiny_config(tie_word_embeddings=tied).save_pretrained(tmp_path)
-    source = Source(directory=tmp_path, origin=str(tmp_path), revision=None, fingerprint="")
+    source = Source(path=tmp_path, origin=str(tmp_path), revision=None, fingerprint="")
     with FakeTensorMode():
         model = ARCHITECTURE.build(source, dtype)
-        hidden = ARCHITECTURE.hidden(model, torch.zeros(1, sum(LENGTHS), dtype=torch.int64), LENGTHS)
+        hidden, _ = ARCHITECTURE.hidden(model, torch.zeros(1, sum(LENGTHS), dtype=torch.int64), LENGTHS)
         (hidden @ ARCHITECTURE.head(model).T).sum().backward()
     assert hidden.shape == (sum(LENGTHS), 32) and hidden.dtype == dtype
     assert model.model.embed_tokens.weight.grad.shape == (VOCAB, 32)

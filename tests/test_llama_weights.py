@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from bone_ds.arch import Architecture
 from bone_ds.errors import CheckpointError
-from llama_adapters import ARCHITECTURE, attention, gguf_conversion
+from llama_adapters import ARCHITECTURE, attention, gguf_conversion, weights
 
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 8192}
@@ -41,7 +41,7 @@ def test_loaded_model_equals_plain_transformers(tmp_path, variant, shard):
     plain = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     tokens = torch.arange(3, 43)[None]
     torch.testing.assert_close(logits(model, tokens), plain(input_ids=tokens).logits[0], rtol=1e-6, atol=1e-5)
-    assert ARCHITECTURE.weight_files(source) == sorted(tmp_path.glob("*.safetensors"))
+    assert weights.weight_files(source) == sorted(tmp_path.glob("*.safetensors"))
     assert all(param.isfinite().all() for param in model.parameters())
     assert not model.config.use_cache
 
@@ -117,7 +117,7 @@ def test_a_hub_id_is_recorded_with_its_commit(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     source = opened("someone/some-llama", revision="main")
-    assert (source.origin, source.revision, source.directory) == ("someone/some-llama", "0123abcd", snapshot)
+    assert (source.origin, source.revision, source.path) == ("someone/some-llama", "0123abcd", snapshot)
     assert asked["repo"] == "someone/some-llama" and asked["revision"] == "main"
     assert not any("bin" in pattern or pattern.endswith(".py") for pattern in asked["allow_patterns"])
 
@@ -136,7 +136,7 @@ def test_gguf_converts_to_the_bit(tmp_path, variant, monkeypatch):
     model = tiny_model(**VARIANTS[variant])
     write_gguf(tmp_path / "tiny.gguf", model)
     source = opened(tmp_path / "tiny.gguf", dtype="fp32", cache_dir=str(tmp_path / "cache"))
-    assert len(ARCHITECTURE.weight_files(source)) > 1
+    assert len(weights.weight_files(source)) > 1
     loaded = dict(built_and_loaded(source).named_parameters())
     for name, param in model.named_parameters():
         assert torch.equal(loaded[name], param), name
@@ -150,7 +150,7 @@ def test_quantised_gguf_in_bf16(tmp_path):
     model = tiny_model()
     write_gguf(tmp_path / "tiny.gguf", model, quantised=GGMLQuantizationType.Q8_0)
     source = opened(tmp_path / "tiny.gguf", dtype="bf16", cache_dir=str(tmp_path / "cache"))
-    assert json.loads((source.directory / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((source.path / "config.json").read_text())["dtype"] == "bfloat16"
     loaded = dict(built_and_loaded(source, torch.bfloat16).named_parameters())
     for name, param in model.named_parameters():
         torch.testing.assert_close(loaded[name].float(), param.float(), rtol=2e-2, atol=1e-3, msg=name)

@@ -150,12 +150,6 @@ def test_without_grad_computes_no_gradient():
         torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_frozen_head_only():
-    hidden, head, positions, labels = operands()
-    with pytest.raises(AssertionError, match="frozen"):
-        chunked_cross_entropy(hidden, head.requires_grad_(), positions, labels, 3)
-
-
 def test_a_label_outside_the_vocabulary_is_refused():
     hidden, head, positions, labels = operands()
     for wrong in (V, -100):
@@ -171,3 +165,139 @@ def test_fake_tensors():
         positions = labels = torch.zeros(700, dtype=torch.int64)
         chunked_cross_entropy(hidden, head, positions, labels, 256).backward()
         assert hidden.grad.shape == hidden.shape
+
+
+# a trained head
+
+
+def trained_head(dtype=torch.float64, sizes=(T, C, V, M)):
+    hidden, head, *rest = operands(dtype, sizes)
+    return hidden, head.requires_grad_(), *rest
+
+
+def assert_close_gradients(actual, expected, leaves, tolerance=1e-12):
+    for a, b in zip(torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, M, M + 5])
+def test_gradient_of_a_trained_head(chunk):
+    hidden, head, *rest = trained_head()
+    actual, expected = chunked_cross_entropy(hidden, head, *rest, chunk), whole(hidden, head, *rest)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    assert_close_gradients(actual * 0.37, expected * 0.37, (hidden, head))
+
+
+def test_gradcheck_of_a_trained_head():
+    hidden, head, *rest = trained_head(sizes=(5, 3, 7, 4))
+    assert torch.autograd.gradcheck(lambda *operands: chunked_cross_entropy(*operands, *rest, 3), (hidden, head))
+
+
+def test_a_trained_head_under_frozen_hidden_states():
+    hidden, head, *rest = trained_head()
+    frozen = hidden.detach()
+    with Outputs() as forward:
+        actual = chunked_cross_entropy(frozen, head, *rest, 4)
+    assert forward.products == 6
+    assert_close_gradients(actual, whole(frozen, head, *rest), (head,))
+
+
+def test_two_backwards_of_a_trained_head():
+    hidden, head, *rest = trained_head()
+    loss = chunked_cross_entropy(hidden, head, *rest, 3)
+    first = torch.autograd.grad(loss, (hidden, head), retain_graph=True)
+    second = torch.autograd.grad(loss * 2, (hidden, head))
+    assert all((2 * a).equal(b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_labels_for_a_trained_head(dtype):
+    hidden, head, *_ = trained_head(dtype)
+    empty = torch.zeros(0, dtype=torch.int64)
+    loss = chunked_cross_entropy(hidden, head, empty, empty, 4)
+    loss.backward()
+    assert loss.item() == 0
+    for leaf in (hidden, head):
+        assert leaf.grad.equal(torch.zeros_like(leaf))
+
+
+def test_a_trained_head_in_bf16_is_summed_in_fp32():
+    """Over 400 chunks a sum in bf16 would lose what each adds."""
+    hidden, head, positions, labels = trained_head(torch.bfloat16, (500, 32, 40, 400))
+    leaves = [leaf.detach().double().requires_grad_() for leaf in (hidden, head)]
+    actual = torch.autograd.grad(chunked_cross_entropy(hidden, head, positions, labels, 1), (hidden, head))
+    expected = torch.autograd.grad(whole(*leaves, positions, labels), leaves)
+    assert [grad.dtype for grad in actual] == [torch.bfloat16] * 2
+    for a, b, limit in zip(actual, expected, (0.02, 0.005), strict=True):
+        assert (a.double() - b).norm() / b.norm() < limit
+
+
+def test_backward_does_not_touch_the_head():
+    """Under ZeRO-3 its weight is there during forward alone."""
+    hidden, head, *rest = trained_head()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = chunked_cross_entropy(hidden, head, *rest, 3)
+    assert not [t for t in kept if t.data_ptr() == head.data_ptr()]
+    expected = torch.autograd.grad(whole(hidden, head, *rest), (hidden, head))
+    with torch.no_grad():
+        head.fill_(float("nan"))
+    for a, b in zip(torch.autograd.grad(loss, (hidden, head)), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_without_grad_a_trained_head_costs_nothing():
+    hidden, head, *rest = trained_head()
+    with torch.no_grad(), Outputs() as outputs:
+        loss = chunked_cross_entropy(hidden, head, *rest, M, l2wrap=1e-4)
+    assert outputs.products == 1 and outputs.largest_numel == M * V and not loss.requires_grad
+
+
+# L2Wrap
+
+
+def whole_with_l2wrap(hidden, head, positions, labels, l2wrap):
+    logits = F.linear(hidden, head)[positions]
+    return F.cross_entropy(logits, labels, reduction="sum") + l2wrap / 2 * logits.max(1).values.square().sum()
+
+
+@pytest.mark.parametrize("l2wrap", [1e-4, 0.3])
+@pytest.mark.parametrize("chunk", [1, 4, M])
+def test_l2wrap_is_the_gradient_of_the_squared_largest_logits(chunk, l2wrap):
+    hidden, head, *rest = trained_head()
+    actual = chunked_cross_entropy(hidden, head, *rest, chunk, l2wrap)
+    assert_close_gradients(actual * 0.37, whole_with_l2wrap(hidden, head, *rest, l2wrap) * 0.37, (hidden, head))
+
+
+def test_l2wrap_does_not_change_the_loss():
+    hidden, *rest = operands()
+    assert chunked_cross_entropy(hidden, *rest, 3, l2wrap=0.3).equal(chunked_cross_entropy(hidden, *rest, 3))
+
+
+def test_l2wrap_leaves_positions_without_label_alone():
+    hidden, head, positions, labels = operands()
+    chunked_cross_entropy(hidden, head, positions, labels, 3, l2wrap=0.3).backward()
+    masked = torch.ones(T, dtype=torch.bool).index_fill(0, positions, False)
+    assert masked.any() and not hidden.grad[masked].any() and hidden.grad[positions].all()
+
+
+def test_l2wrap_is_the_same_however_the_batch_is_cut():
+    """Two micro-batches divided by the labels of both, as one batch."""
+    hidden, head, positions, labels = trained_head()
+    parts = [slice(0, 3), slice(3, M)]
+    cut = sum(chunked_cross_entropy(hidden, head, positions[part], labels[part], 2, 0.3) / M for part in parts)
+    assert_close_gradients(cut, chunked_cross_entropy(hidden, head, positions, labels, M, 0.3) / M, (hidden, head))
+
+
+def test_l2wrap_in_bf16():
+    """Where rounding does not decide which logit is the largest."""
+    hidden, head, *_ = trained_head(torch.bfloat16, (300, 64, 1000, 200))
+    leaves = [leaf.detach().double().requires_grad_() for leaf in (hidden, head)]
+    first, second = F.linear(*leaves).topk(2).values.unbind(1)
+    positions = (first - second > 0.5).nonzero()[:, 0]
+    labels = torch.randint(1000, (len(positions),))
+    assert len(positions) > 100
+    actual = torch.autograd.grad(chunked_cross_entropy(hidden, head, positions, labels, 64, 0.05), (hidden, head))
+    expected = torch.autograd.grad(whole_with_l2wrap(*leaves, positions, labels, 0.05), leaves)
+    for a, b in zip(actual, expected, strict=True):
+        assert (a.double() - b).norm() / b.norm() < 0.02

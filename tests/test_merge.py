@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
-from tiny_llama import built_and_loaded, logits, random_adapter, save_tiny
+from safetensors.torch import load_file, save_file
+from tiny_llama import built_and_loaded, logits, opened, random_adapter, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bone_ds import merge as merging
 from bone_ds.errors import ConfigError
 from bone_ds.merge import merge
+from llama_adapters import rewriting
 
 TOKENS = torch.arange(3, 43)[None]
 BASES = {"single": {}, "sharded": {"max_shard_size": "20KB"}, "tied": {"tie_word_embeddings": True}}
@@ -21,6 +21,7 @@ ADAPTERS = {
     "some layers and targets": {"rank": 8, "targets": ["k_proj", "down_proj"], "layers": [1, 2]},
     "lora": {"method": "lora", "rank": 4},
     "lora with alpha": {"method": "lora", "rank": 4, "alpha": 10.0},
+    "full": {"method": "full"},
 }
 
 
@@ -86,6 +87,24 @@ def test_other_weights_are_not_copied_and_other_files_are(tmp_path):
     assert copied >= {"chat_template.jinja", "README.md", "generation_config.json", "config.json", "tokenizer.json", "model.safetensors"}
 
 
+def test_a_tied_head_that_is_stored_twice_stays_the_embedding(tmp_path):
+    save_tiny(tmp_path / "base", tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    model = random_adapter(tmp_path / "base", tmp_path / "adapter.safetensors", method="full")
+    merge(tmp_path / "adapter.safetensors", tmp_path / "merged")
+    torch.testing.assert_close(logits(built_and_loaded(opened(tmp_path / "merged")), TOKENS), logits(model, TOKENS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["merged.pth", "merged.safetensors", "merged.gguf"])
+def test_a_name_of_a_file_is_refused(tmp_path, base, name):
+    random_adapter(base, tmp_path / "adapter.safetensors", rank=8)
+    with pytest.raises(ConfigError, match=f"--out: .*{name}: a Llama is written as a directory"):
+        merge(tmp_path / "adapter.safetensors", tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
 def test_a_base_that_has_moved(tmp_path, base):
     random_adapter(base, tmp_path / "adapter.safetensors", rank=8)
     base.rename(tmp_path / "moved")
@@ -104,7 +123,7 @@ def test_a_merge_that_fails_midway_leaves_nothing(tmp_path, base, monkeypatch, f
         written.append(path)
         path.touch()
 
-    monkeypatch.setattr(merging, "save_file", save_one)
+    monkeypatch.setattr(rewriting, "save_file", save_one)
     with pytest.raises(ConfigError if isinstance(failure, OSError) else KeyboardInterrupt) as caught:
         merge(tmp_path / "adapter.safetensors", tmp_path / "merged")
     assert len(written) == 1 and written[0].parent.name == "merged.partial"

@@ -51,16 +51,16 @@ def test_logits_loss_and_gradients_equal_the_samples_alone(trained):
     packed = batch_of(documents)
     head = objective.head.weight
 
-    packed_logits = objective.architecture.hidden(objective.model, packed.tokens, packed.document_lengths) @ head.t()
-    packed_loss = objective(packed)
+    packed_logits = objective.architecture.hidden(objective.model, packed.tokens, packed.document_lengths)[0] @ head.t()
+    packed_loss, _ = objective(packed)
     packed_loss.backward()
     packed_gradients = gradients(trainable)
 
     alone_logits, alone_loss = [], 0.0
     for each in documents:
         single = batch_of([each])
-        alone_logits.append(objective.architecture.hidden(objective.model, single.tokens, single.document_lengths) @ head.t())
-        loss = objective(single)
+        alone_logits.append(objective.architecture.hidden(objective.model, single.tokens, single.document_lengths)[0] @ head.t())
+        loss, _ = objective(single)
         loss.backward()
         alone_loss += loss.detach()
 
@@ -77,7 +77,7 @@ def test_a_mask_of_ones_would_contaminate_and_is_not_used(trained):
     objective, _ = trained
     documents = [document(length) for length in LENGTHS]
     packed = batch_of(documents)
-    ours = objective.architecture.hidden(objective.model, packed.tokens, packed.document_lengths)
+    ours = objective.architecture.hidden(objective.model, packed.tokens, packed.document_lengths)[0]
 
     objective.model.set_attn_implementation("sdpa")
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]

@@ -1,5 +1,6 @@
 """What rank 0 shows: plain lines where there is no terminal, one line rewritten in place on one, all of it in the log."""
 
+import logging
 import sys
 
 import pytest
@@ -38,6 +39,15 @@ def test_in_place_on_a_terminal_and_no_wider_than_it(tmp_path, capsys, monkeypat
 
 def test_other_ranks_are_silent(capsys):
     show(Progress(None, steps=2))
+    assert capsys.readouterr().out == ""
+
+
+def test_what_the_packages_log_is_shown_and_kept(tmp_path, capsys):
+    Progress(tmp_path / "log.txt", steps=2)
+    logging.getLogger("bone_ds").warning("%s took its place", "chunked")
+    assert capsys.readouterr().out == (tmp_path / "log.txt").read_text() == "chunked took its place\n"
+    Progress(None, steps=2)
+    logging.getLogger("bone_ds").warning("unheard")
     assert capsys.readouterr().out == ""
 
 

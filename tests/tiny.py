@@ -57,6 +57,8 @@ def config_tree(model_path: Path, rows: Path, output: Path, **sections: dict) ->
     }
     for section, fields in sections.items():
         tree[section] |= fields
+    if tree["adapter"].get("method") in ("state", "full"):
+        del tree["adapter"]["rank"]
     return tree
 
 

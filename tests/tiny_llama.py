@@ -94,8 +94,7 @@ def random_adapter(directory, path, dtype="fp32", **adapter):
     torch.manual_seed(1)
     for parameter in trainable.values():
         torch.nn.init.normal_(parameter, std=0.05)
-    targets = config.adapter.targets or ARCHITECTURE.targets
-    adapter_file.write(path, adapter_file.header_of(config, "llama", targets, source, step=3), trainable)
+    adapter_file.write(path, adapter_file.header_of(config, ARCHITECTURE, source, step=3), trainable)
     return model
 
 

@@ -11,6 +11,7 @@ DTYPES = ("fp32", "bf16")
 WORLD_SIZES = (1, 2)
 COL = {"grouping": "col"}
 MATERIALIZED = {"grouping": "col", "strategy": "materialized"}
+FULL = {"method": "full"}
 LORA = {"method": "lora", "rank": 3, "alpha": 30.0}
 PAUSE = "step-00000003"
 # From run to run: a checkpoint of two ranks is read on one and on two, at the same stage and at others.
@@ -75,6 +76,7 @@ def _cases(directory: Path, world_size: int) -> dict[str, dict]:
     few = {"steps": 4}
     for stage in STAGES if world_size == 2 else (0,):
         cases |= case(f"col-{stage}", stage, adapter=COL, train=few | {"activation_checkpointing": "layer" if world_size == 2 else "none"})
+        cases |= case(f"full-{stage}", stage, adapter=FULL, train=few | {"learning_rate": 3e-3})
         # The second step has 3 samples left for two ranks, or 1.
         cases |= case(f"ragged-{stage}", stage, data={"train_samples": 11}, train=few)
         cases |= case(f"idle-{stage}", stage, data={"train_samples": 9}, train=few)

@@ -5,7 +5,6 @@ The plan is global. Ranks only differ in which part of a window they are dealt, 
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +28,16 @@ class Window:
     """Loss-bearing tokens of the whole window: what the step's summed loss is divided by."""
     epoch: int
     """From 0."""
+
+
+@dataclass(frozen=True)
+class Hand:
+    """What one rank runs in one forward pass."""
+
+    units: list[Unit]
+    """micro_batch_size of them; fewer, or none, in a partial window."""
+    all_units: list[list[Unit]]
+    """By rank: what each runs at the same time."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ class GlobalOrder:
         return -(-len(epoch.units) // self._global_batch_size)
 
 
-def deal(window: Window, rank: int, world_size: int, micro_batch_size: int, global_batch_size: int) -> list[list[Unit]]:
+def deal(window: Window, rank: int, world_size: int, micro_batch_size: int, global_batch_size: int) -> list[Hand]:
     """The micro-batches of one rank, the same number on every rank; in a partial window some are short or empty.
 
     The longest units come first and each round of micro-batches has units of about one length, so ranks wait little for
@@ -100,17 +109,17 @@ def deal(window: Window, rank: int, world_size: int, micro_batch_size: int, glob
         raise ConfigError(f"train.global_batch_size: {global_batch_size} is no multiple of train.micro_batch_size "
                           f"{micro_batch_size} x {world_size} ranks; take a multiple of {units_per_round}")
     ranked = sorted(range(len(window.units)), key=window.unit_tokens.__getitem__, reverse=True)
-    return [[window.units[number] for number in _hand(ranked[start:start + units_per_round], rank, world_size)]
-            for start in range(0, len(ranked), units_per_round)]
+    rounds = [ranked[start:start + units_per_round] for start in range(0, len(ranked), units_per_round)]
+    return [_hand(window, round_, rank, world_size) for round_ in rounds]
 
 
-def _hand(round_: list[int], rank: int, world_size: int) -> list[int]:
+def _hand(window: Window, round_: list[int], rank: int, world_size: int) -> Hand:
     """Every other turn goes backwards over the ranks, as teams are picked: that evens out the lengths."""
-    hand = []
-    for turn, start in zip(itertools.count(), range(0, len(round_), world_size)):
-        seat = rank if turn % 2 == 0 else world_size - 1 - rank
-        hand += round_[start:start + world_size][seat:seat + 1]
-    return hand
+    hands: list[list[Unit]] = [[] for _ in range(world_size)]
+    for turn, number in enumerate(round_):
+        lap, seat = divmod(turn, world_size)
+        hands[seat if lap % 2 == 0 else world_size - 1 - seat].append(window.units[number])
+    return Hand(hands[rank], hands)
 
 
 def evaluation_units(samples: Samples, packing: bool, max_length: int) -> list[Unit]:

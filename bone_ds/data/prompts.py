@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ class Prompt:
     optional: tuple[str, ...] = ()
     """Fields that may be missing, null or empty in a row; empty ones choose `template_without_optional`."""
     template_without_optional: str | None = None
+    without_blank_lines: tuple[str, ...] = ()
+    """Fields that are stripped and whose runs of line ends become one."""
 
     @property
     def prompt_columns(self) -> dict[str, str]:
@@ -48,11 +51,23 @@ class Prompt:
         return self.completion.format_map(self._values(row))
 
     def _values(self, row: Mapping[str, str | None]) -> dict[str, str]:
-        return {field: row.get(column) or "" for field, column in self.columns.items()}
+        values = {field: row.get(column) or "" for field, column in self.columns.items()}
+        return values | {field: _without_blank_lines(values[field]) for field in self.without_blank_lines}
+
+
+def _without_blank_lines(text: str) -> str:
+    return re.sub(r"\n+", "\n", text.replace("\r\n", "\n").strip())
 
 
 def build_prompt(data: DataConfig) -> Prompt:
-    """The prompt that the config names. Raises ConfigError for a template or a data.fields that can't be used."""
+    """The prompt that the config names. Raises ConfigError for a template or a data.fields that can't be used.
+
+    user_assistant words a row as "User: {query}\\n\\nAssistant:" and " {response}". A blank line ends a turn for RWKV's World
+    models, so the query is stripped and its runs of line ends become one, as BlinkDL's model cards advise ("better replace
+    \\n\\n in xxx to \\n") and ChatRWKV's API_DEMO_CHAT.py does; the prompt ends with the colon, the space belongs to the answer,
+    which is otherwise learnt as it stands.
+    text has no prompt: the whole row is the completion.
+    """
     if data.prompt == "metamath":
         fields = ("query", "response")
         return Prompt(_ALONE % "query", "{response}", _columns(fields, data.fields))
@@ -61,6 +76,11 @@ def build_prompt(data: DataConfig) -> Prompt:
         if "input" not in data.fields and "input" in data.fields.values():
             del columns["input"]  # the file's column of that name was given to another field
         return Prompt(_WITH_INPUT, "{output}", columns, optional=("input",), template_without_optional=_ALONE % "instruction")
+    if data.prompt == "user_assistant":
+        columns = _columns(("query", "response"), data.fields)
+        return Prompt("User: {query}\n\nAssistant:", " {response}", columns, without_blank_lines=("query",))
+    if data.prompt == "text":
+        return Prompt("", "{text}", _columns(("text",), data.fields))
     assert data.template is not None and data.completion is not None, "the config checks this"
     learnt = _places("data.completion", data.completion)
     if not learnt:

@@ -1,4 +1,4 @@
-"""Files to rows: .jsonl and .json into one table of text columns.
+"""Files to rows: .jsonl and .json into one table of text columns, a .txt into a table of one row.
 
 `datasets` reads a well-formed file fast. It also guesses: text that looks like dates becomes dates, numbers become text when
 most of a column is text. So its result is taken only where every needed column is text without gaps; anything else is read
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SUFFIXES = (".jsonl", ".json")
+TEXT_SUFFIX = ".txt"
+_LARGEST_TEXT_BYTES = 2**31 - 1  # of one text in a table
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _GLOB_CHARACTERS = "*?[]"
 _SHOWN_CHARACTERS = 60
 _SHOWN_FIELDS = 12
@@ -40,15 +43,29 @@ def read_rows(
         room = None if limit is None else limit - sum(map(len, tables))
         if room == 0:
             break
-        _check_file(path)
+        if path.suffix not in SUFFIXES:
+            raise DataError(f"{path}: the suffix {path.suffix!r} is not supported, give a {' or '.join(SUFFIXES)} file; "
+                            "data.prompt: text also takes .txt and .bin")
+        check_file(path)
         table = _read_fast(path, needed, room)
         tables.append(_read_exactly(path, columns, optional, room) if table is None else table)
     return concatenate_datasets(tables)
 
 
-def _check_file(path: Path) -> None:
-    if path.suffix not in SUFFIXES:
-        raise DataError(f"{path}: the suffix {path.suffix!r} is not supported, give a {' or '.join(SUFFIXES)} file")
+def read_text(path: Path, column: str) -> Dataset:
+    """A UTF-8 file as a table of one row. Raises DataError naming the file, and the line that is no UTF-8."""
+    import datasets
+
+    check_file(path)
+    size_bytes = path.stat().st_size
+    if size_bytes > _LARGEST_TEXT_BYTES:
+        raise DataError(f"{path}: is one document of {size_bytes} bytes; make it rows of a .jsonl file, or a binidx corpus")
+    text = _decode(path, path.read_bytes().removeprefix(_BYTE_ORDER_MARK), 1)
+    return datasets.Dataset.from_dict({column: [text]}, features=datasets.Features({column: datasets.Value("string")}))
+
+
+def check_file(path: Path) -> None:
+    """Raises DataError unless it is a file that can be read and is not empty."""
     if path.is_dir():
         raise DataError(f"{path}: is a directory, name the files in it")
     if not path.exists():
@@ -132,7 +149,7 @@ def _read_exactly(path: Path, columns: Mapping[str, str], optional: Sequence[str
 
 def _objects(path: Path) -> Iterator[tuple[str, dict]]:
     """(place, row) for each row; the place is `file:line`, or `file: item n` in a list."""
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    data = path.read_bytes().removeprefix(_BYTE_ORDER_MARK)
     if data.lstrip().startswith(b"["):
         places = ((f"{path}: item {number}", item) for number, item in enumerate(_items(path, data), start=1))
     else:

@@ -49,7 +49,7 @@ def main() -> int:
         source = resolve(config.model).open(config.model)
         questions = [json.loads(line) for line in Path(config.data.eval[0]).read_text().splitlines()][:QUESTIONS]
         print(f"Asking the base model {len(questions)} held-out problems ...", flush=True)
-        before = _ask(source.directory, config, questions)
+        before = _ask(source.path, config, questions)
         print("Training ...", flush=True)
         code = launch.start(["train", str(_recipe())], ranks=min(2, launch.count_gpus()) or 2)
         if code:

@@ -15,7 +15,8 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain, pairwise
 
 # DeepSpeed warns at import, once a process, that this machine has no GPU.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
@@ -27,7 +28,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
-from bone_ds.arch import Batch
+from bone_ds.arch import Batch, State
 from bone_ds.engine import placement, state
 from bone_ds.errors import ConfigError
 from bone_ds.launch import Ranks
@@ -81,7 +82,10 @@ class Engine:
     """A model under DeepSpeed whose trainable parameters are the adapter's alone."""
 
     def __init__(self, model: nn.Module, trainable: dict[str, nn.Parameter], ds: dict):
-        """model maps a Batch to its summed cross entropy. Raises ConfigError where DeepSpeed refuses its configuration."""
+        """model maps (Batch, state, keep_state) to its summed cross entropy and a state, as `objective.Objective` does.
+
+        Raises ConfigError where DeepSpeed refuses its configuration.
+        """
         self.trainable = trainable
         self.world_size = dist.get_world_size()
         try:
@@ -90,9 +94,13 @@ class Engine:
             raise ConfigError(f"deepspeed.config: DeepSpeed refuses it: {_first_complaint(error)}") from None
         state.undo_first_step(self.deepspeed)
 
-    def loss(self, batch: Batch) -> Tensor:
-        """The batch's summed cross entropy."""
-        return self.deepspeed(batch)
+    def losses(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
+        """Each batch's summed cross entropy, one forward at a time; one that continues the batch before starts from its state."""
+        state: State | None = None
+        for batch, following in pairwise(chain(batches, [None])):
+            goes_on = following is not None and following.continues
+            loss, state = self.deepspeed(batch, state, goes_on)
+            yield loss
 
     def backward(self, loss: Tensor, boundary: bool) -> None:
         """Accumulates gradients, which are averaged over the ranks; `boundary` marks the last one before `update`."""

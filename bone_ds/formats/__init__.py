@@ -1,0 +1,1 @@
+"""Other programs' adapter files, read and written."""

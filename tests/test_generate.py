@@ -1,0 +1,274 @@
+"""Text that is generated with a cache or a state is what the parallel forward says, one prompt at a time or many together."""
+
+import json
+
+import pytest
+import tiny_llama
+import tiny_rwkv
+import torch
+from tiny_rwkv_adapter import random_adapter as random_rwkv_adapter
+from transformers import AutoModelForCausalLM
+
+import llama_adapters
+import rwkv_adapters
+from bone_ds import generate
+from bone_ds.cli import main
+from bone_ds.config import ModelConfig
+from bone_ds.errors import CheckpointError
+from bone_ds.merge import merge
+from rwkv_adapters import generation
+
+PROMPTS = [[5], [17, 3, 88, 41, 2, 2, 60, 33, 9, 11, 80], [60, 33, 9], [7, 7, 7, 7, 7, 7], [5]]
+NEVER = -1
+
+
+class Llama:
+    architecture, directory = llama_adapters.ARCHITECTURE, tiny_llama
+    model, random_adapter = "model", staticmethod(tiny_llama.random_adapter)
+
+    @staticmethod
+    def logits(model, row):
+        return tiny_llama.logits(model, torch.tensor([row]))
+
+
+class Rwkv:
+    architecture, directory = rwkv_adapters.ARCHITECTURE, tiny_rwkv
+    model, random_adapter = "model.pth", staticmethod(random_rwkv_adapter)
+
+    @staticmethod
+    def logits(model, row):
+        return tiny_rwkv.logits(model, torch.tensor([row]))
+
+
+@pytest.fixture(params=[Llama, Rwkv], ids=["llama", "rwkv"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def model(kind, tmp_path):
+    kind.directory.save_tiny(tmp_path / kind.model)
+    return kind.directory.built_and_loaded(kind.directory.opened(tmp_path / kind.model))
+
+
+class Recorder:
+    """Chooses the likeliest token and keeps the logits it was shown."""
+
+    def __init__(self):
+        self.shown = []
+
+    def __call__(self, logits):
+        self.shown.append(logits.clone())
+        return logits.argmax(-1)
+
+
+@torch.no_grad()
+def test_every_choice_is_made_on_the_parallel_forward_s_logits(kind, model):
+    for prompt in PROMPTS:
+        choose = Recorder()
+        (row,) = kind.architecture.generate(model, [prompt], 12, NEVER, choose)
+        parallel = kind.logits(model, prompt + row)[len(prompt) - 1:-1]
+        torch.testing.assert_close(torch.cat(choose.shown), parallel, rtol=1e-5, atol=2e-5)
+        assert row == parallel.argmax(-1).tolist() and len(row) == 12
+
+
+def test_together_as_one_by_one(kind, model):
+    alone = [kind.architecture.generate(model, [prompt], 12, NEVER, generate.most_likely)[0] for prompt in PROMPTS]
+    assert len({tuple(row) for row in alone}) == 4  # the two equal prompts alone go on equally
+    choose = Recorder()
+    assert kind.architecture.generate(model, PROMPTS, 12, NEVER, choose) == alone
+    assert [len(logits) for logits in choose.shown] == [5] * 12
+
+
+def test_finished_prompts_leave_the_batch(kind, model):
+    alone = [kind.architecture.generate(model, [prompt], 12, NEVER, generate.most_likely)[0] for prompt in PROMPTS]
+    stop = alone[1][4]
+    cut = [row[:row.index(stop)] if stop in row else row for row in alone]
+    assert len({len(row) for row in cut}) > 1
+    choose = Recorder()
+    assert kind.architecture.generate(model, PROMPTS, 12, stop, choose) == cut
+    assert [len(logits) for logits in choose.shown] == [sum(len(row) >= step for row in cut) for step in range(max(map(len, cut)) + 1)][:12]
+
+
+def test_stopped_at_once_and_a_single_token(kind, model):
+    (first,) = kind.architecture.generate(model, [PROMPTS[1]], 1, NEVER, generate.most_likely)
+    assert len(first) == 1
+    assert kind.architecture.generate(model, [PROMPTS[1]], 12, first[0], generate.most_likely) == [[]]
+
+
+@pytest.mark.parametrize("slice_tokens", [1, 2, 7, 15])
+def test_rwkv_reads_long_prompts_in_slices(tmp_path, monkeypatch, slice_tokens):
+    tiny_rwkv.save_tiny(tmp_path / "model.pth", initial_state=True)
+    model = tiny_rwkv.built_and_loaded(tiny_rwkv.opened(tmp_path / "model.pth"))
+    whole, sliced = Recorder(), Recorder()
+    rows = generation.generate(model, PROMPTS, 4, NEVER, whole)
+    monkeypatch.setattr(generation, "_SLICE_TOKENS", slice_tokens)
+    longest, hidden = [], model.hidden
+    monkeypatch.setattr(model, "hidden", lambda tokens, *rest: longest.append(tokens.shape[1]) or hidden(tokens, *rest))
+    assert generation.generate(model, PROMPTS, 4, NEVER, sliced) == rows
+    torch.testing.assert_close(torch.stack(sliced.shown), torch.stack(whole.shown), rtol=1e-5, atol=1e-5)
+    assert max(longest) <= max(slice_tokens, len(PROMPTS))
+
+
+def test_llama_trains_on_as_before(tmp_path):
+    tiny_llama.save_tiny(tmp_path)
+    model = tiny_llama.built_and_loaded(tiny_llama.opened(tmp_path)).train()
+    before = tiny_llama.logits(model, torch.tensor([PROMPTS[1]]))
+    llama_adapters.ARCHITECTURE.generate(model, PROMPTS, 3, NEVER, generate.most_likely)
+    assert torch.equal(tiny_llama.logits(model, torch.tensor([PROMPTS[1]])), before) and model.training
+
+
+def test_llama_as_plain_transformers(tmp_path):
+    tiny_llama.save_tiny(tmp_path)
+    loaded = generate.load(ModelConfig(path=str(tmp_path), dtype="fp32"))
+    prompts = ["ab", "abcdefgh", "z"]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert generate.continuations(loaded, prompts, 12, generate.most_likely) == generate.complete(plain, loaded.tokenizer, prompts, 12)
+
+
+ADAPTERS = {"row": {"rank": 8}, "col": {"rank": 8, "grouping": "col"}, "lora": {"method": "lora", "rank": 4}, "full": {"method": "full"},
+            "some": {"rank": 8, "layers": [1, 2]}}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@torch.no_grad()
+def test_an_adapter_in_memory_is_the_merged_model(kind, tmp_path, adapter):
+    kind.directory.save_tiny(tmp_path / kind.model, **({} if kind is Llama else {"vocabulary": 256}))
+    adapted = kind.random_adapter(tmp_path / kind.model, tmp_path / "a.safetensors", **ADAPTERS[adapter])
+    loaded = generate.load(ModelConfig(path=str(tmp_path / kind.model), dtype="fp32"), tmp_path / "a.safetensors")
+    merge(tmp_path / "a.safetensors", tmp_path / f"merged-{kind.model}")
+    merged = generate.load(ModelConfig(path=str(tmp_path / f"merged-{kind.model}"), dtype="fp32"))
+    torch.testing.assert_close(kind.logits(loaded.model, PROMPTS[1]), kind.logits(adapted, PROMPTS[1]), rtol=1e-5, atol=1e-5)
+    weights = dict(merged.model.named_parameters())
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in loaded.model.named_parameters())
+
+
+@pytest.mark.parametrize("layers", [None, [1, 2]])
+@torch.no_grad()
+def test_an_initial_state_in_memory(tmp_path, layers):
+    tiny_rwkv.save_tiny(tmp_path / "model.pth", vocabulary=256)
+    adapted = random_rwkv_adapter(tmp_path / "model.pth", tmp_path / "a.safetensors", method="state", layers=layers)
+    config = ModelConfig(path=str(tmp_path / "model.pth"), dtype="fp32")
+    loaded, base = generate.load(config, tmp_path / "a.safetensors"), generate.load(config)
+    wanted = Rwkv.logits(adapted, PROMPTS[1])
+    torch.testing.assert_close(Rwkv.logits(loaded.model, PROMPTS[1]), wanted, rtol=1e-5, atol=1e-5)
+    assert (Rwkv.logits(base.model, PROMPTS[1]) - wanted).abs().max() > 0.01
+    together = Recorder()
+    rwkv_adapters.ARCHITECTURE.generate(loaded.model, PROMPTS, 1, NEVER, together)
+    for logits, prompt in zip(together.shown[0], sorted(PROMPTS, key=lambda prompt: -len(prompt)), strict=True):
+        torch.testing.assert_close(logits, Rwkv.logits(adapted, prompt)[-1], rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_of_another_model(kind, tmp_path):
+    kind.directory.save_tiny(tmp_path / kind.model)
+    kind.random_adapter(tmp_path / kind.model, tmp_path / "a.safetensors", rank=8)
+    other, config = (Rwkv, {"path": str(tmp_path / "other.pth")}) if kind is Llama else (Llama, {"path": str(tmp_path / "other")})
+    other.directory.save_tiny(tmp_path / other.model.replace("model", "other"))
+    with pytest.raises(CheckpointError, match=f"a.safetensors: is an adapter for {kind.architecture.name}, .*other"):
+        generate.load(ModelConfig(**config), tmp_path / "a.safetensors")
+    kind.directory.save_tiny(tmp_path / kind.model.replace("model", "wide"), **(
+        {"hidden_size": 64} if kind is Llama else {"width": 64, "vocabulary": 256}))
+    with pytest.raises(CheckpointError, match="a.safetensors: was trained on another base"):
+        generate.load(ModelConfig(path=str(tmp_path / kind.model.replace("model", "wide"))), tmp_path / "a.safetensors")
+
+
+def test_drawing_follows_the_shares():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(20_000, 4)
+    for temperature, top_p, kept in [(1.0, 1.0, [0, 1, 2, 3]), (0.5, 1.0, [0, 1, 2, 3]), (1.0, 0.7, [1, 2]), (1.0, 1e-6, [2])]:
+        shares = torch.zeros(4)
+        shares[kept] = (logits[0] / temperature).exp()[kept]
+        drawn = torch.bincount(generate.sampler(temperature, top_p, 0)(logits), minlength=4) / len(logits)
+        torch.testing.assert_close(drawn, shares / shares.sum(), rtol=0, atol=0.015)
+    first = generate.sampler(1.0, 1.0, 3)(logits)
+    assert torch.equal(first, generate.sampler(1.0, 1.0, 3)(logits)) and not torch.equal(first, generate.sampler(1.0, 1.0, 4)(logits))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    tiny_rwkv.save_tiny(tmp_path / "model.pth", vocabulary=256)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def printed(capsys, *arguments) -> str:
+    assert main(["generate", "model.pth", "--dtype", "fp32", "--max-new-tokens", "5", "--ignore-eos", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_command_line(here, capsys, monkeypatch):
+    one, two = printed(capsys, "--prompt", "ab"), printed(capsys, "--prompt", "cd\ne")
+    assert one.endswith("\n") and one != two
+    assert printed(capsys, "--prompt", "ab", "--prompt", "cd\ne") == f"=== 1 of 2: ab\n{one}=== 2 of 2: cd e\n{two}"
+    (here / "p.jsonl").write_text('{"prompt": "ab", "id": 3}\n\n{"prompt": "cd\\ne"}\n')
+    assert printed(capsys, "--prompts", "p.jsonl", "--out", "o.jsonl", "--batch-size", "1") == ""
+    rows = [json.loads(line) for line in (here / "o.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows == [{"prompt": "ab", "completion": one[:-1]}, {"prompt": "cd\ne", "completion": two[:-1]}]
+    monkeypatch.setattr("sys.stdin", Typed("ab\n", terminal=False))
+    assert printed(capsys) == one
+    drawn = printed(capsys, "--prompt", "ab", "--temperature", "2", "--seed", "1")
+    assert drawn == printed(capsys, "--prompt", "ab", "--temperature", "2", "--seed", "1") != one
+    assert printed(capsys, "--prompt", "ab", "--temperature", "2", "--top-p", "1e-9") == one
+
+
+class Typed:
+    def __init__(self, text: str, terminal: bool):
+        self.text, self.terminal = text, terminal
+
+    def read(self):
+        return self.text
+
+    def isatty(self):
+        return self.terminal
+
+
+MISUSED = {
+    "no prompt": ([], ["--prompt TEXT", "--prompts FILE.jsonl", "stdin"]),
+    "two sources": (["--prompt", "a", "--prompts", "p.jsonl"], ["--prompt and --prompts"]),
+    "no file": (["--prompts", "gone.jsonl"], ["--prompts: gone.jsonl", "No such file"]),
+    "no JSON": (["--prompts", "text.jsonl"], ["text.jsonl:1", "is no JSON"]),
+    "no field": (["--prompts", "rows.jsonl"], ["rows.jsonl:2", "'{\"text\": \"b\"}'"]),
+    "no rows": (["--prompts", "none.jsonl"], ["none.jsonl", "no prompts"]),
+    "no text": (["--prompts", "model.pth"], ["model.pth", "UTF-8"]),
+    "an empty prompt": (["--prompt", "a", "--prompt", ""], ["prompt 2 of 2", "empty"]),
+    "no tokens": (["--prompt", "a", "--max-new-tokens", "0"], ["--max-new-tokens: 0"]),
+    "no batch": (["--prompt", "a", "--batch-size", "-1"], ["--batch-size: -1"]),
+    "cold": (["--prompt", "a", "--temperature", "0"], ["--temperature: 0.0"]),
+    "hot": (["--prompt", "a", "--temperature", "inf"], ["--temperature: inf"]),
+    "no share": (["--prompt", "a", "--temperature", "1", "--top-p", "0"], ["--top-p: 0.0"]),
+    "more than all": (["--prompt", "a", "--temperature", "1", "--top-p", "1.5"], ["--top-p: 1.5"]),
+    "top-p alone": (["--prompt", "a", "--top-p", "0.5"], ["--top-p: 0.5", "--temperature"]),
+    "seed alone": (["--prompt", "a", "--seed", "5"], ["--seed: 5", "--temperature"]),
+    "negative seed": (["--prompt", "a", "--temperature", "1", "--seed", "-5"], ["--seed: -5"]),
+    "out exists": (["--prompt", "a", "--out", "text.jsonl"], ["--out: text.jsonl exists already"]),
+    "out nowhere": (["--prompt", "a", "--out", "deep/o.jsonl"], ["--out: deep/o.jsonl", "no directory deep"]),
+    "no adapter": (["--prompt", "a", "--adapter", "gone.safetensors"], ["gone.safetensors", "no such adapter"]),
+    "no such tokenizer": (["--prompt", "a", "--tokenizer", "gone.txt"], ["gone.txt"]),
+}
+
+
+@pytest.mark.parametrize("case", MISUSED)
+def test_misuse(here, capsys, monkeypatch, case):
+    arguments, says = MISUSED[case]
+    monkeypatch.setattr("sys.stdin", Typed("", terminal=True))
+    (here / "text.jsonl").write_text("once upon a time\n")
+    (here / "rows.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    (here / "none.jsonl").write_text("\n")
+    before = sorted(here.iterdir())
+    assert main(["generate", "model.pth", *arguments]) == 2
+    output = capsys.readouterr()
+    message = output.err.removesuffix("\n")
+    assert output.out == "" and message.startswith("bone-ds: ") and "\n" not in message, message
+    assert all(part in message for part in says), message
+    assert sorted(here.iterdir()) == before
+
+
+@pytest.mark.parametrize("model, says", [
+    ("gone.pth", "gone.pth"), ("./gone", "./gone"), ("text.pth", "text.pth"), ("wide.pth", "model.tokenizer")])
+def test_models_that_can_not_be_used(here, capsys, model, says):
+    (here / "text.pth").write_text("text")
+    tiny_rwkv.save_tiny(here / "wide.pth", vocabulary=300)
+    assert main(["generate", model, "--prompt", "a"]) == 2
+    message = capsys.readouterr().err
+    assert says in message and message.count("\n") == 1, message
+
+
