@@ -18,7 +18,7 @@ test-slow: $(INSTALLED)
 
 # torch first and exactly, so that a build which is at hand is taken rather than the newest one with its gigabytes of CUDA.
 # For a build of your own, make .venv and install it there before.
-$(INSTALLED): setup.py pyproject.toml
+$(INSTALLED): setup.py pyproject.toml rwkv_adapters/wkv6/kernel.c
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable ".[test]"

@@ -28,7 +28,8 @@ setup(
     python_requires=">=3.11",
     packages=["bone_ds", "bone_ds.bone", "bone_ds.data", "bone_ds.demo", "bone_ds.engine", "bone_ds.formats", "llama_adapters",
               "rwkv_adapters", "rwkv_adapters.wkv6", "ds_configs"],
-    package_data={"ds_configs": ["*.json"], "bone_ds": ["recipes/*.yaml"], "bone_ds.bone": ["README.md"]},
+    package_data={"ds_configs": ["*.json"], "bone_ds": ["recipes/*.yaml"], "bone_ds.bone": ["README.md"],
+                  "bone_ds.demo": ["*.pth", "MODEL_CARD.md"]},
     # The ranges that the test suite has run on.
     install_requires=[
         "torch>=2.13,<2.14",

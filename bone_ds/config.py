@@ -62,7 +62,8 @@ class AdapterConfig(Section):
 
 
 class DataConfig(Section):
-    train: Texts = Field(description="Training files, .jsonl or .json, with prompt: text also .txt and binidx .bin; one path or a list.", min_length=1)
+    train: Texts = Field(
+        description="Training files, .jsonl or .json, with prompt: text also .txt and binidx .bin; one path or a list.", min_length=1)
     eval: Texts = Field(default=(), description="Held-out files; one path or a list. Without them no held-out loss is measured.")
     train_samples: int | None = Field(None, ge=1, description="Use only the first so many rows of data.train.")
     eval_samples: int | None = Field(None, ge=1, description="Use only the first so many rows of data.eval.")
@@ -78,7 +79,8 @@ class DataConfig(Section):
         None, description="Completion text with {field} places, for prompt: template; it alone bears loss.")
     max_length: int = Field(512, ge=8, description="Longest sample, and the size of a pack, in tokens.")
     overlong: Literal["truncate", "drop", "split"] = Field(
-        "truncate", description="What happens to a longer sample; each is counted and reported. split: cut into samples, for prompt: text.")
+        "truncate",
+        description="What happens to a longer sample; each is counted and reported. split: cut into samples, for prompt: text.")
     packing: bool = Field(True, description="Fill packs of max_length tokens with whole samples; samples never see each other.")
 
 

@@ -21,7 +21,8 @@ def run(cases: dict[str, dict], world_size: int, directory: Path) -> dict[str, d
     given.write_text(json.dumps(cases), encoding="utf-8")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
     # On the CPU even where there are GPUs: two ranks can't share one.
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    # One thread each: the models are tiny, and threads that wait for each other on a busy machine are many times slower.
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*torchrun, __file__, given, outcomes], capture_output=True, text=True, timeout=TIMEOUT_S, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == "", done.stdout

@@ -20,6 +20,7 @@ METHODS = {
     "lora": {"adapter": {"method": "lora", "rank": 3}},
     "state": {"adapter": {"method": "state"}, "train": {"learning_rate": 0.3, "steps": STEPS}},
     "full": {"adapter": {"method": "full"}, "train": SLOWLY},
+    "l2wrap": {"adapter": {"rank": 9}, "train": SLOWLY | {"l2wrap": 0.1}},
     "packed": {"adapter": {"rank": 9}, "data": {"packing": True, "train_samples": 40}},
     "chunks": {"adapter": {"rank": 9}, "data": {"packing": True}, "train": IN_CHUNKS},
     "chunks-of-samples": {"adapter": {"rank": 9}, "train": IN_CHUNKS | {"activation_checkpointing": "layer"}},
@@ -67,6 +68,12 @@ def test_every_stage_and_world_size_trains_alike(runs, name, stage, world_size):
         torch.testing.assert_close(load_file(run["masters"]), load_file(reference["masters"]), rtol=0, atol=1e-4)
     if stage == 3 and name != "full":
         assert run["gathered"] == 0, "frozen weights were whole after a step"
+
+
+def test_l2wrap_changes_the_gradient_alone(runs):
+    wrapped, plain = runs["l2wrap-0", 1], runs["row-0", 1]
+    assert wrapped["losses"][0] == pytest.approx(plain["losses"][0], abs=1e-7)
+    assert abs(wrapped["norms"][0] - plain["norms"][0]) > 1e-3
 
 
 def test_chunks_change_the_gradient_alone(runs):
