@@ -7,7 +7,7 @@ An architecture is a package `<name>_adapters` whose `__init__` holds `ARCHITECT
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +92,8 @@ class Architecture(Protocol):
         """The residual blocks in order, with their module names."""
 
     def hidden(self, model: nn.Module, tokens: Tensor, document_lengths: tuple[int, ...], state: State | None = None,
-               keep_state: bool = False) -> tuple[Tensor, State | None]:
-        """tokens (1, T) -> the final hidden states (T, C) that the head reads, and the state of all documents if it is kept.
+               keep_state: slice | None = None) -> tuple[Tensor, State | None]:
+        """tokens (1, T) -> the final hidden states (T, C) that the head reads, and the state of the documents that keep_state takes.
 
         state: of the first documents of the row, which go on from it; the others begin anew. Only where `carries_state`.
         """
@@ -111,10 +111,11 @@ class Architecture(Protocol):
                  choose: Callable[[Tensor], Tensor]) -> list[list[int]]:
         """Continues every prompt until `stop`, which is left out, or max_new_tokens. choose: logits (D, V) -> tokens (D,)."""
 
-    def rewrite(self, source: Source, out: Path, change: Callable[[str, Tensor], Tensor]) -> None:
+    def rewrite(self, source: Source, out: Path, change: Callable[[str, Tensor], Tensor], added: Mapping[str, Tensor]) -> None:
         """Writes the model to `out`, in the source's dtype and the form its name asks for, each weight as change(name, weight).
 
-        `out` does not exist and appears whole. Raises ConfigError for a name that asks for no form the architecture has.
+        added: tensors to write where the source lacks them. `out` does not exist and appears whole. Raises ConfigError for a name
+        that asks for no form the architecture has.
         """
 
 

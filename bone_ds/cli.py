@@ -110,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts that are continued together, default 16")
     generate.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     generate.add_argument("--tokenizer", default="auto", help="RWKV6: see model.tokenizer in `bone-ds config`")
+    generate.add_argument("--wkv", choices=("auto", "naive", "chunked", "c", "fla"), default="auto",
+                          help="RWKV6: see model.wkv in `bone-ds config`")
     generate.add_argument("--cache-dir", help="where a converted GGUF model is kept")
     generate.set_defaults(run=_generate)
 
@@ -217,10 +219,13 @@ def _generate(options: argparse.Namespace, given: list[str]) -> int:
     if options.temperature is not None:
         choose = generate.sampler(options.temperature, 1.0 if options.top_p is None else options.top_p, options.seed or 0)
     cache = {"cache_dir": options.cache_dir} if options.cache_dir else {}
-    loaded = generate.load(ModelConfig(path=options.model, dtype=options.dtype, tokenizer=options.tokenizer, **cache), options.adapter)
+    model = ModelConfig(path=options.model, dtype=options.dtype, tokenizer=options.tokenizer, wkv=options.wkv, **cache)
+    loaded = generate.load(model, options.adapter)
     completions = generate.continuations(loaded, prompts, options.max_new_tokens, choose, options.batch_size, options.ignore_eos)
     if options.out:
-        options.out.write_text(generate.as_jsonl(prompts, completions), encoding="utf-8")
+        aside = options.out.with_name(options.out.name + ".partial")
+        aside.write_text(generate.as_jsonl(prompts, completions), encoding="utf-8")
+        os.replace(aside, options.out)
     else:
         print(generate.as_text(prompts, completions))
     return 0

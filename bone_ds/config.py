@@ -80,8 +80,17 @@ class DataConfig(Section):
     max_length: int = Field(512, ge=8, description="Longest sample, and the size of a pack, in tokens.")
     overlong: Literal["truncate", "drop", "split"] = Field(
         "truncate",
-        description="What happens to a longer sample; each is counted and reported. split: cut into samples, for prompt: text.")
+        description="What happens to a longer sample; each is counted and reported. split (default for prompt: text): cut into samples.")
     packing: bool = Field(True, description="Fill packs of max_length tokens with whole samples; samples never see each other.")
+
+
+    @model_validator(mode="before")
+    @classmethod
+    def _texts_are_split(cls, tree: Any) -> Any:
+        """The default of overlong for prompt: text, of which a file may be one long document."""
+        if isinstance(tree, dict) and tree.get("prompt") == "text":
+            return {"overlong": "split"} | tree
+        return tree
 
 
 class TrainConfig(Section):
@@ -175,6 +184,9 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
         yield f"train.steps: {train.steps} and train.epochs: {train.epochs} are both given; keep one"
     if train.steps is not None and train.warmup_steps > train.steps:
         yield f"train.warmup_steps: {train.warmup_steps} is more than train.steps: {train.steps}"
+    if train.chunk_length is not None and train.chunk_length >= data.max_length:
+        yield (f"train.chunk_length: {train.chunk_length} has no effect, samples are at most data.max_length: {data.max_length} long; "
+               "raise that one, or remove this")
     if train.global_batch_size % train.micro_batch_size:
         yield (f"train.global_batch_size: {train.global_batch_size} is no multiple of "
                f"train.micro_batch_size: {train.micro_batch_size}")

@@ -117,7 +117,8 @@ def sampler(temperature: float, top_p: float, seed: int) -> Callable[[Tensor], T
     generator = torch.Generator().manual_seed(seed)
 
     def choose(logits: Tensor) -> Tensor:
-        shares, tokens = (logits.float().cpu() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+        logits_below_the_largest = (logits - logits.amax(dim=-1, keepdim=True)).double().cpu()  # so that no quotient overflows
+        shares, tokens = (logits_below_the_largest / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
         shares[shares.cumsum(dim=-1) - shares >= top_p] = 0  # the likeliest token always stays
         drawn = torch.multinomial(shares, 1, generator=generator)
         return tokens.gather(1, drawn)[:, 0].to(logits.device)

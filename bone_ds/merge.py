@@ -25,14 +25,11 @@ def merge(adapter_path: Path, out: Path, base: str | None = None, cache_dir: str
     if out.exists():
         raise ConfigError(f"--out: {out} exists already; name one to be made")
     header, tensors = adapter_file.read(adapter_path)
-    if header.method == "state":
-        raise ConfigError(f"{adapter_path}: an initial state has no place in a model file; put it on with `bone-ds generate --adapter`, "
-                          "or write it for other programs with `bone-ds export --to rwkv-peft`")
     architecture = arch.load(header.architecture)
     source = open_base(header, adapter_path, base, cache_dir)
     check_fit(adapter_path, header, tensors, architecture, source)
     try:
-        architecture.rewrite(source, out, change_of(header, tensors))
+        architecture.rewrite(source, out, change_of(header, tensors), _added(header, tensors, architecture, source))
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--out: {out}: can't be written: {str(error).splitlines()[0]}") from None
     return source
@@ -76,7 +73,7 @@ def check_fit(path: Path, header: Header, tensors: dict[str, Tensor], architectu
 
 def change_of(header: Header, tensors: dict[str, Tensor]) -> Callable[[str, Tensor], Tensor]:
     """What the adapter makes of the base's weight of a name: in fp32 where it changes it, as it is elsewhere."""
-    if header.method == "full":
+    if header.method in ("state", "full"):
         return lambda name, weight: tensors.get(name, weight)
     adapter, modules = header.adapter, adapter_file.by_module(tensors)
 
@@ -85,3 +82,13 @@ def change_of(header: Header, tensors: dict[str, Tensor]) -> Callable[[str, Tens
         return weight if module is None else methods.merged_weight(weight, module, adapter)
 
     return change
+
+
+def _added(header: Header, tensors: dict[str, Tensor], architecture: Architecture, source: Source) -> dict[str, Tensor]:
+    """A model's file has the states of all its layers or of none: those that were not trained are zero."""
+    if header.method != "state":
+        return {}
+    with torch.device("meta"):
+        model = architecture.build(source, torch.float32)
+    states = architecture.add_initial_state(model, 0, len(architecture.layers(model)))
+    return {name: tensors.get(name, torch.zeros(state.shape)) for name, state in states.items()}

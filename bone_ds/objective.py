@@ -20,9 +20,10 @@ class Objective(nn.Module):
 
         state: what the first document goes on from.
         """
-        hidden, states = self.architecture.hidden(self.model, batch.tokens, batch.document_lengths, state, keep_state)
-        loss = self.head(hidden, batch.label_positions, batch.labels)
-        return loss, tuple(tensor[-1:] for tensor in states) if keep_state else None
+        last_document = slice(-1, None)
+        hidden, after = self.architecture.hidden(
+            self.model, batch.tokens, batch.document_lengths, state, last_document if keep_state else None)
+        return self.head(hidden, batch.label_positions, batch.labels), after
 
 
 class _Head(nn.Module):

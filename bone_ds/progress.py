@@ -10,6 +10,7 @@ import resource
 import shutil
 import sys
 import time
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import torch
@@ -24,6 +25,11 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
+def hold_log_lines() -> None:
+    """Keeps what the packages log from now on for the Progress that is to show it."""
+    logging.getLogger("bone_ds").handlers = [MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)]
+
+
 class Progress:
     """Silent on every rank but the first."""
 
@@ -33,7 +39,10 @@ class Progress:
         self.started = time.monotonic()
         self.in_place = log is not None and sys.stdout.isatty()
         self.open_line = False
-        logging.getLogger("bone_ds").handlers = [_Lines(self)]
+        logger, lines = logging.getLogger("bone_ds"), _Lines(self)
+        for record in [record for handler in logger.handlers if isinstance(handler, MemoryHandler) for record in handler.buffer]:
+            lines.handle(record)
+        logger.handlers = [lines]
 
     def step(self, step: int, loss: float, learning_rate: float, grad_norm: float, rates: tuple[float, float, float]) -> None:
         """rates: positions, tokens and loss-bearing tokens per second."""

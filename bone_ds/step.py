@@ -55,7 +55,8 @@ def _check_every_layer_learns(engine: Engine) -> None:
         if value == 0 or not math.isfinite(value):
             raise InjectionError(
                 f"{layer}: its adapter received {'no' if value == 0 else 'a non-finite'} gradient in the first step\n"
-                "Either the layer takes no part in the forward pass, or the weights or the data hold bad values")
+                "Either the layer stands before weights that are zero, as in a new model (train that with adapter.method: full first), "
+                "or the weights or the data hold bad values")
 
 
 def _alarming(value: float) -> tuple[bool, float]:

@@ -21,7 +21,7 @@ from bone_ds.evaluate import HeldOut
 from bone_ds.inject import check, inject
 from bone_ds.launch import Ranks
 from bone_ds.objective import Objective
-from bone_ds.progress import Progress, peak_memory_gib
+from bone_ds.progress import Progress, hold_log_lines, peak_memory_gib
 from bone_ds.run_directory import RunDirectory
 from bone_ds.step import learning_rate, optimizer_step
 
@@ -43,6 +43,7 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False) -> RunResult:
 
     Nothing is written before config, data, model and adapter have been found usable.
     """
+    hold_log_lines()
     ds = ds_json.resolve(config, ranks.world_size)
     run = RunDirectory.planned(config)
     run.check(config, resume)

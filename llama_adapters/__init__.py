@@ -5,7 +5,7 @@ Importing the package is cheap; torch and transformers come with the first call 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,10 +55,10 @@ class Llama:
         return layers(model)
 
     def hidden(self, model: nn.Module, tokens: Tensor, document_lengths: tuple[int, ...], state: State | None = None,
-               keep_state: bool = False) -> tuple[Tensor, None]:
+               keep_state: slice | None = None) -> tuple[Tensor, None]:
         from llama_adapters import attention
 
-        assert state is None and not keep_state, "attention carries no state"
+        assert state is None and keep_state is None, "attention carries no state"
         return attention.hidden(model, tokens, document_lengths), None
 
     def add_initial_state(self, model: nn.Module, first_layer: int, last_layer: int) -> dict[str, nn.Parameter]:
@@ -73,9 +73,11 @@ class Llama:
 
         return generation.generate(model, prompts, max_new_tokens, stop, choose)
 
-    def rewrite(self, source: Source, out: Path, change: Callable[[str, Tensor], Tensor]) -> None:
+    def rewrite(self, source: Source, out: Path, change: Callable[[str, Tensor], Tensor],
+                added: Mapping[str, Tensor]) -> None:
         from llama_adapters import rewriting
 
+        assert not added, "a Llama has no tensors but its own"
         rewriting.rewrite(source, out, change)
 
 

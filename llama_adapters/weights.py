@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from bone_ds.arch import Placement, Source
 from bone_ds.config import ModelConfig
-from bone_ds.errors import CheckpointError
+from bone_ds.errors import CheckpointError, ConfigError
 from llama_adapters import attention, checks
 
 _HUB_FILES = ("config.json", "generation_config.json", "model*.safetensors", checks.INDEX, "tokenizer*", "*.jinja",
@@ -36,7 +36,13 @@ def recognises(path: str) -> bool:
 
 
 def open(model: ModelConfig) -> Source:
-    """Finds, downloads or converts the model and checks it without reading its weights. Raises CheckpointError."""
+    """Finds, downloads or converts the model and checks it without reading its weights.
+
+    Raises CheckpointError, and ConfigError for fields that mean nothing to a Llama.
+    """
+    for field in ("tokenizer", "wkv"):
+        if getattr(model, field) != "auto":
+            raise ConfigError(f"model.{field}: {getattr(model, field)!r} is for RWKV6, {model.path} is a Llama; remove it")
     directory, revision = _find(model)
     config = checks.read_config(directory)
     tensors = checks.check_tensors(config, checks.read_tensors(directory), directory)

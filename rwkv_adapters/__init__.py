@@ -5,7 +5,7 @@ Importing the package is cheap; torch comes with the first call that needs it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +53,7 @@ class Rwkv:
         return layers(model)
 
     def hidden(self, model: nn.Module, tokens: Tensor, document_lengths: tuple[int, ...], state: State | None = None,
-               keep_state: bool = False) -> tuple[Tensor, State | None]:
+               keep_state: slice | None = None) -> tuple[Tensor, State | None]:
         return model.hidden(tokens, document_lengths, state, keep_state)
 
     def head(self, model: nn.Module) -> nn.Parameter:
@@ -68,10 +68,11 @@ class Rwkv:
 
         return generation.generate(model, prompts, max_new_tokens, stop, choose)
 
-    def rewrite(self, source: Source, out: Path, change: Callable[[str, Tensor], Tensor]) -> None:
+    def rewrite(self, source: Source, out: Path, change: Callable[[str, Tensor], Tensor],
+                added: Mapping[str, Tensor]) -> None:
         from rwkv_adapters import rewriting
 
-        rewriting.rewrite(source, out, change)
+        rewriting.rewrite(source, out, change, added)
 
 
 ARCHITECTURE = Rwkv()

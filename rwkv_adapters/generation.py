@@ -35,7 +35,7 @@ def generate(model: nn.Module, prompts: list[list[int]], max_new_tokens: int, st
             break
         if len(documents) < len(chosen):
             state = tuple(part[going_on] for part in state)
-        hidden, state = model.hidden(chosen[going_on][None], (1,) * len(documents), state, True)
+        hidden, state = model.hidden(chosen[going_on][None], (1,) * len(documents), state, slice(None))
     return continuations
 
 
@@ -48,7 +48,7 @@ def _read(model: nn.Module, prompts: list[list[int]]) -> tuple[Tensor, State]:
         lengths = tuple(map(len, pieces))
         tokens = torch.tensor([token for piece in pieces for token in piece], device=model.head.weight.device)[None]
         carried = None if state is None else tuple(part[:len(pieces)] for part in state)
-        hidden, kept = model.hidden(tokens, lengths, carried, True)
+        hidden, kept = model.hidden(tokens, lengths, carried, slice(None))
         ends = torch.tensor(list(accumulate(lengths)), device=hidden.device) - 1
         last_hidden, state = _with_first(last_hidden, hidden[ends]), kept if state is None else tuple(map(_with_first, state, kept))
     return last_hidden, state

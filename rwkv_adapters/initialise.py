@@ -29,7 +29,7 @@ _WIDE = 4096
 
 def sizes(layers: int, width: int, vocabulary: int, head_size: int = 64, ffn_width: int | None = None) -> Sizes:
     """Of a model as upstream would make it. Raises ConfigError where the heads don't divide the width."""
-    ffn_width = int(width * 3.5) // 32 * 32 if ffn_width is None else ffn_width
+    ffn_width = max(32, int(width * 3.5) // 32 * 32) if ffn_width is None else ffn_width
     given = {"layers": layers, "width": width, "vocabulary": vocabulary, "head size": head_size, "ffn width": ffn_width}
     for what, value in given.items():
         if value < 1:

@@ -20,6 +20,7 @@ from bone_ds.arch import State
 
 MIXES = "wkvrg"
 """What the time mixing reads, in the order of time_maa_w1 and time_maa_w2: decay, key, value, receptance, gate."""
+MOST_LOG_RATE = 80.0
 LN_X_EPS = 64e-5
 """Of the norm over each head: LayerNorm's 1e-5, times the square of the 8 that upstream divides by."""
 
@@ -66,8 +67,8 @@ class Rwkv6(nn.Module):
         self.head = Linear(sizes.width, sizes.vocabulary, bias=False)
 
     def hidden(self, tokens: Tensor, document_lengths: tuple[int, ...], state: State | None = None,
-               keep_state: bool = False) -> tuple[Tensor, State | None]:
-        """tokens (1, T) -> what the head reads (T, C), and the state of all D documents, detached, if it is kept.
+               keep_state: slice | None = None) -> tuple[Tensor, State | None]:
+        """tokens (1, T) -> what the head reads (T, C), and the state of the documents that keep_state takes, detached.
 
         A state is (shifts, wkv): shifts (D, L, 2, C) the last inputs of time and channel mixing, wkv (D, L, H, N, N) fp32 with
         key before value. One that is given belongs to the first documents of the row; the others begin anew.
@@ -81,9 +82,9 @@ class Rwkv6(nn.Module):
         kept = []
         for layer, block in enumerate(self.blocks):
             x, *after = block(x, document_lengths, first, last, shifts[:, layer], wkv[:, layer])
-            if keep_state:
-                kept.append([tensor.detach() for tensor in after])
-        states = tuple(torch.stack(tensors, 1) for tensors in zip(*kept)) if keep_state else None
+            if keep_state is not None:
+                kept.append([tensor[keep_state].detach().clone() for tensor in after])
+        states = tuple(torch.stack(tensors, 1) for tensors in zip(*kept)) if kept else None
         return self.ln_out(x), states
 
     def _padded(self, state: State | None, documents: int, x: Tensor) -> State:
@@ -219,11 +220,14 @@ class ChannelMix(nn.Module):
 
 
 class NegativeExponential(torch.autograd.Function):
-    """-exp(x), which is its own derivative: unlike two operations, one tensor is kept, and it is the one that WKV keeps."""
+    """-exp(x), which is its own derivative: unlike two operations, one tensor is kept, and it is the one that WKV keeps.
+
+    It stays finite: a decay of exp(-exp(80)) is 0 as much as one of exp(-inf), and its gradient 0 instead of NaN.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        y = x.exp().neg_()
+        y = x.clamp(max=MOST_LOG_RATE).exp_().neg_()
         ctx.save_for_backward(y)
         return y
 

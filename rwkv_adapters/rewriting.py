@@ -13,7 +13,7 @@ import struct
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from math import prod
@@ -34,31 +34,36 @@ _ALIGNMENT_BYTES = 64
 """Of each tensor's data in a .pth, as PyTorch aligns it: mapped memory can then be computed with as it is."""
 
 
-def rewrite(source: Source, out: Path, change: Callable[[str, Tensor], Tensor]) -> None:
+def rewrite(source: Source, out: Path, change: Callable[[str, Tensor], Tensor], added: Mapping[str, Tensor]) -> None:
     """Writes every tensor as change(name, tensor), in the source's order, dtypes and shapes, as .pth or .safetensors.
+
+    Of `added`, those that the source lacks follow, in the embedding's dtype.
 
     Written aside and renamed. Raises ConfigError for another ending.
     """
     if out.suffix not in _WRITERS:
         raise ConfigError(f"--out: {out}: an RWKV6 model is a {' or '.join(_WRITERS)} file, give it one of these endings")
     tensors = checks.read_tensors(source.path)
+    dtype = tensors["emb.weight"].dtype
+    tensors |= {name: tensor.to(dtype) for name, tensor in added.items() if name not in tensors}
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(out.name + ".partial")
     try:
-        _WRITERS[out.suffix](aside, layout, _changed(tensors, change))
+        _WRITERS[out.suffix](aside, layout, _changed(tensors, change, added))
         os.replace(aside, out)
     finally:
         aside.unlink(missing_ok=True)
 
 
-def _changed(tensors: dict[str, Tensor], change: Callable[[str, Tensor], Tensor]) -> Iterator[memoryview]:
+def _changed(tensors: dict[str, Tensor], change: Callable[[str, Tensor], Tensor], added: Mapping[str, Tensor]) -> Iterator[memoryview]:
     """The bytes of each tensor in turn; the last one's pages leave memory before the next is read."""
     for name, tensor in tensors.items():
         changed = change(name, tensor).to(tensor.dtype)
         assert changed.numel() == tensor.numel(), name
         yield memoryview(changed.contiguous().flatten().view(torch.uint8).numpy())
-        checks.drop_pages(tensor)
+        if name not in added:
+            checks.drop_pages(tensor)
 
 
 def _write_safetensors(path: Path, layout: _Layout, contents: Iterator[memoryview]) -> None:

@@ -107,6 +107,7 @@ CONFLICTS = [
     (["adapter.method=state", "adapter.targets=[att.key]"], ["adapter.targets", "['att.key']", "state"]),
     (["adapter.method=full", "adapter.layers=[0, 1]"], ["adapter.layers", "[0, 1]", "full"]),
     (["adapter.method=full", "train.activation_checkpointing=bone"], ["train.activation_checkpointing", "'bone'", "'full'"]),
+    (["train.chunk_length=512"], ["train.chunk_length: 512", "data.max_length: 512"]),
     (["data.overlong=split"], ["data.overlong", "'split'", "'metamath'"]),
     (["adapter.grouping=col", "adapter.strategy=factored"], ["adapter.strategy", "'factored'", "'col'"]),
     (["adapter.targets=[]"], ["adapter.targets", "[]"]),

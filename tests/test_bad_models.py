@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_llama import save_tiny, tiny_model, write_gguf
 
 from bone_ds.config import ModelConfig
-from bone_ds.errors import CheckpointError
+from bone_ds.errors import CheckpointError, ConfigError
 from llama_adapters import ARCHITECTURE
 
 
@@ -174,6 +174,12 @@ def test_some_other_file(tmp_path):
 
 def test_revision_of_a_directory(whole, tmp_path):
     assert "'main'" in refusal(whole / "single", tmp_path / "cache", revision="main")
+
+
+@pytest.mark.parametrize(("field", "value"), [("tokenizer", "world"), ("wkv", "fla")])
+def test_what_is_for_rwkv_alone(whole, field, value):
+    with pytest.raises(ConfigError, match=f"model.{field}: '{value}' is for RWKV6, .* is a Llama; remove it"):
+        ARCHITECTURE.open(ModelConfig(path=str(whole / "single"), **{field: value}))
 
 
 @pytest.mark.parametrize("size", [0, 3, 20, 200, 3000, 20_000])

@@ -27,6 +27,15 @@ def test_defaults(smallest):
     assert config.adapter.alpha is None and config.train.steps is None and config.train.epochs is None
 
 
+@pytest.mark.parametrize(("overrides", "overlong"), [
+    ([], "truncate"), (["data.prompt=text"], "split"), (["data.prompt=text", "data.overlong=drop"], "drop")])
+def test_long_texts_are_split_unless_the_config_says_otherwise(smallest, overrides, overlong):
+    config = load_config(smallest, overrides)
+    assert config.data.overlong == overlong
+    smallest.write_text(dump_yaml(config))
+    assert load_config(smallest) == config
+
+
 @pytest.mark.parametrize("override, section, field, value", [
     ("train.steps=10", "train", "steps", 10),
     ("train.learning_rate=1e-4", "train", "learning_rate", 1e-4),

@@ -179,6 +179,7 @@ def test_drawing_follows_the_shares():
         shares[kept] = (logits[0] / temperature).exp()[kept]
         drawn = torch.bincount(generate.sampler(temperature, top_p, 0)(logits), minlength=4) / len(logits)
         torch.testing.assert_close(drawn, shares / shares.sum(), rtol=0, atol=0.015)
+    assert torch.equal(generate.sampler(1e-300, 1.0, 0)(logits), logits.argmax(dim=-1)), "no quotient overflows"
     first = generate.sampler(1.0, 1.0, 3)(logits)
     assert torch.equal(first, generate.sampler(1.0, 1.0, 3)(logits)) and not torch.equal(first, generate.sampler(1.0, 1.0, 4)(logits))
 

@@ -63,7 +63,7 @@ def test_layout_and_unchanged_tensors_to_the_bit(tmp_path, origin, target, dtype
 
 
 def test_the_archive_is_like_that_of_torch(tmp_path, base):
-    rewriting.rewrite(opened(base), tmp_path / "again.pth", lambda name, weight: weight)
+    rewriting.rewrite(opened(base), tmp_path / "again.pth", lambda name, weight: weight, {})
     with zipfile.ZipFile(tmp_path / "again.pth") as archive:
         assert archive.testzip() is None and {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_STORED}
     mapped = torch.load(tmp_path / "again.pth", mmap=True, weights_only=True)
@@ -74,7 +74,7 @@ def test_the_archive_is_like_that_of_torch(tmp_path, base):
 
 def test_records_with_64_bit_sizes(tmp_path, base, monkeypatch):
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 5_000)
-    rewriting.rewrite(opened(base), tmp_path / "again.pth", lambda name, weight: weight)
+    rewriting.rewrite(opened(base), tmp_path / "again.pth", lambda name, weight: weight, {})
     before, after = torch.load(base), torch.load(tmp_path / "again.pth", mmap=True)
     assert all(torch.equal(before[name], after[name]) and after[name].data_ptr() % 64 == 0 for name in before)
 
@@ -101,10 +101,18 @@ def test_other_endings_are_refused(tmp_path, base, name):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.safetensors", "base.pth"]
 
 
-def test_a_state_is_no_part_of_the_layout(tmp_path, base):
-    random_adapter(base, tmp_path / "adapter.safetensors", method="state")
-    with pytest.raises(ConfigError, match="adapter.safetensors: an initial state.*generate --adapter.*export --to rwkv-peft"):
-        merge(tmp_path / "adapter.safetensors", tmp_path / "merged.pth")
+@pytest.mark.parametrize("has_states", [False, True], ids=["a base without states", "a base with states"])
+@pytest.mark.parametrize("layers", [None, [1, 2]], ids=str)
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_states_become_part_of_the_model(tmp_path, layers, has_states, ending):
+    save_tiny(tmp_path / "base.pth", initial_state=has_states)
+    model = random_adapter(tmp_path / "base.pth", tmp_path / "adapter.safetensors", method="state", layers=layers)
+    source = merge(tmp_path / "adapter.safetensors", tmp_path / f"merged{ending}")
+    adapted = logits(model, TOKENS)
+    torch.testing.assert_close(logits(built_and_loaded(opened(tmp_path / f"merged{ending}")), TOKENS), adapted, rtol=1e-5, atol=1e-5)
+    if ending == ".pth":
+        torch.testing.assert_close(package_logits(tmp_path / "merged.pth", TOKENS), adapted, rtol=1e-5, atol=1e-5)
+    assert (adapted - logits(built_and_loaded(source), TOKENS)).abs().max() > 1e-3
 
 
 def test_another_base_is_refused(tmp_path, base):
@@ -135,7 +143,7 @@ def test_an_interruption_leaves_nothing(tmp_path, base):
 
     for target in ("merged.pth", "merged.safetensors"):
         with pytest.raises(KeyboardInterrupt):
-            rewriting.rewrite(opened(base), tmp_path / target, interrupt)
+            rewriting.rewrite(opened(base), tmp_path / target, interrupt, {})
     assert [path.name for path in tmp_path.iterdir()] == ["base.pth"]
 
 
@@ -150,7 +158,7 @@ def resident_bytes(field):
 def rewrite(source):
     for ending in (".pth", ".safetensors"):
         rewriting.rewrite(source, source.path.with_name(f"{source.path.stem}-again{ending}"),
-                          lambda name, weight: weight.float() + 1 if weight.dim() == 2 else weight)
+                          lambda name, weight: weight.float() + 1 if weight.dim() == 2 else weight, {})
 
 small, large = (ARCHITECTURE.open(ModelConfig(path=name)) for name in ("small.pth", "large.pth"))
 rewrite(small)

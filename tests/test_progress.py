@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from bone_ds.progress import Progress
+from bone_ds.progress import Progress, hold_log_lines
 
 RATES = (1000.0, 900.0, 400.0)
 
@@ -49,6 +49,14 @@ def test_what_the_packages_log_is_shown_and_kept(tmp_path, capsys):
     Progress(None, steps=2)
     logging.getLogger("bone_ds").warning("unheard")
     assert capsys.readouterr().out == ""
+
+
+def test_what_was_logged_before_is_shown_too(tmp_path, capsys):
+    hold_log_lines()
+    logging.getLogger("bone_ds").warning("chunked took its place")
+    assert capsys.readouterr() == ("", "")
+    Progress(tmp_path / "log.txt", steps=2)
+    assert capsys.readouterr().out == (tmp_path / "log.txt").read_text() == "chunked took its place\n"
 
 
 @pytest.mark.parametrize(("first_step", "step", "steps"), [(0, 5, 10), (90, 95, 100)])

@@ -83,7 +83,7 @@ def assert_equals_package(path, wkv, tolerance, lengths=(1, 15, 77, 500), vocabu
     for length in lengths:
         tokens = some_tokens(length, vocabulary, seed=length)
         expected, expected_state = package.forward(tokens[0].tolist(), None, full_output=True)
-        hidden, state = ARCHITECTURE.hidden(model, tokens, (length,), keep_state=True)
+        hidden, state = ARCHITECTURE.hidden(model, tokens, (length,), keep_state=slice(None))
         got = hidden @ ARCHITECTURE.head(model).T
         torch.testing.assert_close(got, expected.view_as(got), rtol=tolerance, atol=tolerance)
         for ours, theirs in zip(state, package_state(expected_state), strict=True):
@@ -125,7 +125,7 @@ def test_a_bf16_model_is_near_the_fp32_one(tmp_path):
     tokens = some_tokens(60)
     exact = logits(built_and_loaded(opened(tmp_path / "m.pth", wkv="naive")), tokens)
     model = built_and_loaded(opened(tmp_path / "m.pth", wkv="naive"), torch.bfloat16)
-    hidden, (shifts, wkv) = model.hidden(tokens, (60,), keep_state=True)
+    hidden, (shifts, wkv) = model.hidden(tokens, (60,), keep_state=slice(None))
     assert (hidden.dtype, shifts.dtype, wkv.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
     difference = (hidden @ model.head.weight.T).float() - exact
     assert difference.norm() < 0.03 * exact.norm()
@@ -153,11 +153,11 @@ LENGTHS = (5, 1, 12, 1, 1, 9)
 def test_documents_of_a_row_are_each_as_if_alone():
     model = random_model()
     tokens = some_tokens(sum(LENGTHS))
-    got, state = model.hidden(tokens, LENGTHS, keep_state=True)
+    got, state = model.hidden(tokens, LENGTHS, keep_state=slice(None))
     got.square().sum().backward()
     gradients = {name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None}
     model.zero_grad()
-    alone = [model.hidden(document, (document.shape[1],), keep_state=True) for document in tokens.split(LENGTHS, dim=1)]
+    alone = [model.hidden(document, (document.shape[1],), keep_state=slice(None)) for document in tokens.split(LENGTHS, dim=1)]
     torch.testing.assert_close(got, torch.cat([hidden for hidden, _ in alone]), rtol=1e-10, atol=1e-10)
     for index, part in enumerate(state):
         torch.testing.assert_close(part, torch.cat([kept[index] for _, kept in alone]), rtol=1e-10, atol=1e-10)
@@ -180,9 +180,9 @@ def test_a_changed_document_changes_no_other():
 def test_going_on_from_a_state_equals_the_whole(cut):
     model = random_model()
     tokens = some_tokens(20)
-    whole, end = model.hidden(tokens, (20,), keep_state=True)
-    first, state = model.hidden(tokens[:, :cut], (cut,), keep_state=True)
-    second, last = model.hidden(tokens[:, cut:], (20 - cut,), state, keep_state=True)
+    whole, end = model.hidden(tokens, (20,), keep_state=slice(None))
+    first, state = model.hidden(tokens[:, :cut], (cut,), keep_state=slice(None))
+    second, last = model.hidden(tokens[:, cut:], (20 - cut,), state, keep_state=slice(None))
     torch.testing.assert_close(torch.cat((first, second)), whole, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(last, end, rtol=1e-10, atol=1e-10)
     assert not any(part.requires_grad for part in (*state, *last))
@@ -190,12 +190,12 @@ def test_going_on_from_a_state_equals_the_whole(cut):
 
 def test_the_first_documents_go_on_and_the_others_begin():
     model = random_model(initial_state=True)
-    _, state = model.hidden(some_tokens(9, seed=1), (4, 5), keep_state=True)
+    _, state = model.hidden(some_tokens(9, seed=1), (4, 5), keep_state=slice(None))
     tokens = some_tokens(10, seed=2)
-    got, after = model.hidden(tokens, (3, 1, 6), state, keep_state=True)
+    got, after = model.hidden(tokens, (3, 1, 6), state, keep_state=slice(None))
     for index, (begin, end) in enumerate([(0, 3), (3, 4), (4, 10)]):
         own = tuple(part[index:index + 1] for part in state) if index < 2 else None
-        expected, expected_after = model.hidden(tokens[:, begin:end], (end - begin,), own, keep_state=True)
+        expected, expected_after = model.hidden(tokens[:, begin:end], (end - begin,), own, keep_state=slice(None))
         torch.testing.assert_close(got[begin:end], expected, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(tuple(part[index:index + 1] for part in after), expected_after, rtol=1e-10, atol=1e-10)
 
@@ -206,7 +206,7 @@ def test_token_by_token_equals_the_whole():
     whole, _ = model.hidden(tokens.view(1, -1), (6, 6, 6))
     state, rows = None, []
     for t in range(6):
-        hidden, state = model.hidden(tokens[:, t][None], (1, 1, 1), state, keep_state=True)
+        hidden, state = model.hidden(tokens[:, t][None], (1, 1, 1), state, keep_state=slice(None))
         rows.append(hidden)
     torch.testing.assert_close(torch.stack(rows, 1).flatten(0, 1), whole, rtol=1e-10, atol=1e-10)
 
@@ -257,7 +257,7 @@ def test_recomputed_blocks_give_equal_gradients():
     plain, recomputed = random_model(), random_model()
     for _, block in ARCHITECTURE.layers(recomputed):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    _, state = plain.hidden(some_tokens(4), (4,), keep_state=True)
+    _, state = plain.hidden(some_tokens(4), (4,), keep_state=slice(None))
     for model in (plain, recomputed):
         model.hidden(some_tokens(sum(LENGTHS)), LENGTHS, state)[0].square().sum().backward()
     for (name, param), other in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
@@ -284,8 +284,8 @@ def test_fake_tensors_pass_forward_and_backward():
         model = Rwkv6(tiny_sizes(), "naive")
         model.add_initial_state(0, 2)
         tokens = torch.zeros(1, sum(LENGTHS), dtype=torch.int64)
-        _, state = model.hidden(tokens[:, :2], (1, 1), keep_state=True)
-        hidden, (shifts, wkv) = model.hidden(tokens, LENGTHS, state, keep_state=True)
+        _, state = model.hidden(tokens[:, :2], (1, 1), keep_state=slice(None))
+        hidden, (shifts, wkv) = model.hidden(tokens, LENGTHS, state, keep_state=slice(None))
         hidden.sum().backward()
     assert hidden.shape == (sum(LENGTHS), 32) and shifts.shape == (6, 2, 2, 32) and wkv.shape == (6, 2, 4, 8, 8)
     assert model.blocks[1].att.time_state.grad.shape == (4, 8, 8)
@@ -315,3 +315,14 @@ def test_the_official_sizes_have_their_parameters(layers, width, ffn_width, para
     shapes = parameter_shapes(tiny_sizes(layers=layers, width=width, ffn_width=ffn_width, head_size=64, vocabulary=65536,
                                          mix_rank=64 if wide else 32, decay_rank=128 if wide else 64))
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == parameters
+
+
+def test_a_decay_beyond_all_bounds_has_a_gradient(tmp_path):
+    """A diverging run may come there: the decay is 0, and so is its gradient, not NaN."""
+    tensors = save_tiny(tmp_path / "tiny.pth")
+    tensors["blocks.1.att.time_decay"].fill_(200.0)
+    write(tmp_path / "beyond.pth", tensors)
+    model = built_and_loaded(opened(tmp_path / "beyond.pth"))
+    logits(model, some_tokens(9)).square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert model.blocks[1].att.time_decay.grad.abs().max() == 0

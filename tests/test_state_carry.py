@@ -86,3 +86,11 @@ def test_the_gradient_ends_where_a_chunk_begins(tmp_path):
     loss.backward()
     for name, parameter in trainable.items():
         torch.testing.assert_close(parameter.grad, through_both[name], rtol=0, atol=0)
+
+
+def test_the_carried_state_is_one_document_s(tmp_path):
+    """Not a view that keeps the states of all documents of the row."""
+    objective, _ = adapted(tmp_path / "tiny.pth")
+    samples = samples_of([5] * 20)
+    _, state = objective(collate(samples, [list(range(20))], "cpu"), None, True)
+    assert all(len(tensor) == 1 and tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in state)
