@@ -25,8 +25,8 @@ class Method:
 class Comparison:
     config: dict
     """A run's config without learning rate and output directory."""
-    methods: tuple[Method, Method]
-    """The one that is measured, then the one it is measured against."""
+    methods: tuple[Method, ...]
+    """The one that is measured, the one it is measured against, and others that are shown beside them."""
     ranks: int
     work: Path
     json: Path | None
@@ -76,7 +76,7 @@ class Comparison:
         for row in sorted(rows, key=_after):
             before, after = row["held_out_loss"][0], row["held_out_loss"][-1]
             print(f"{row['name']:<16}{row['learning_rate']:>8g}{before:>9.4f}{after:>9.4f}{row['memory_gib_rank0']:>7.2f}")
-        ours, theirs = (min((row for row in rows if row["name"] == method.name), key=_after) for method in self.methods)
+        ours, theirs = (min((row for row in rows if row["name"] == method.name), key=_after) for method in self.methods[:2])
         fall, excess = ours["held_out_loss"][0] - _after(ours), _after(ours) - _after(theirs)
         print(f"{ours['name']}: held-out loss falls by {fall:.4f} nats (target at least {self.fall}): "
               f"{'met' if fall >= self.fall else 'MISSED'}")
