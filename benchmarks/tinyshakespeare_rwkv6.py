@@ -2,8 +2,8 @@
 
 The model is one of rwkv.cpp's test models, trained on UTF-16LE bytes; the text is tinyshakespeare, its first nine tenths to
 train on and 64 KiB of the last tenth held out. 60 steps of 4 pieces of 256 bytes, fp32, ZeRO-2 on 2 ranks, through the
-installed command line. Bone-row r=16 and LoRA r=8 both train 258,048 parameters; state tuning, shown beside them, 12,288. What is said of samples, rates and times in
-gsm8k_smollm2.py holds here too.
+installed command line. Bone-row r=16 and LoRA r=8 both train 258,048 parameters; state tuning, shown beside them, 12,288.
+What is said of samples, rates and times in gsm8k_smollm2.py holds here too.
 
     python benchmarks/tinyshakespeare_rwkv6.py --model rwkv6-tiny-3m.pth --text tinyshakespeare.txt --work DIR [--quick] [--json FILE]
 """

@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.machinery
 import logging
+from itertools import pairwise
 
 import pytest
 import torch
@@ -218,12 +219,22 @@ def test_threads_give_equal_results(lengths, monkeypatch):
         assert all(torch.equal(found[0][name], other[name]) for name in other)
 
 
+@needs_c
+def test_without_torch_s_threads_it_runs_on_one(monkeypatch):
+    lengths = (300, 20)
+    inputs = make_inputs(lengths, dtype=torch.float32)
+    expected = c.wkv6(*inputs, lengths)
+    monkeypatch.setattr(c, "_parallel", lambda: None)
+    for got, wanted in zip(c.wkv6(*inputs, lengths), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize("lengths", [(1,), (5, 1, 1), (7, 7, 7, 100)], ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
 def test_shares_cover_every_pair_once(lengths, threads):
-    shares = list(c._shares(lengths, 3, threads))
-    assert len(shares) == threads
-    assert [pair for share in shares for pair in range(*share)] == list(range(3 * len(lengths)))
+    cuts = list(c._shares(lengths, 3, threads))
+    assert len(cuts) == threads + 1
+    assert [pair for share in pairwise(cuts) for pair in range(*share)] == list(range(3 * len(lengths)))
 
 
 @pytest.mark.parametrize("name", ["naive", "chunked", "c", "fla"])
@@ -314,4 +325,4 @@ def test_a_library_that_does_not_load_is_missing(library_is_looked_for, monkeypa
 @needs_c
 def test_a_library_of_another_version_is_missing(library_is_looked_for, monkeypatch):
     monkeypatch.setattr(c, "VERSION", -1)
-    assert "is of version 1, this needs -1" in c.missing()
+    assert "is of version 2, this needs -1" in c.missing()

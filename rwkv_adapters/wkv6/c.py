@@ -1,16 +1,15 @@
 """WKV6 on a CPU through `kernel.c`, which is compiled when the package is installed.
 
-The library lies beside this file and is called through addresses: it knows nothing of torch or Python. Two torch operators wrap it, so
-that fake tensors and autograd know its shapes.
+The library lies beside this file and is called through addresses: it knows nothing of torch or Python. It runs on torch's own
+threads, those of the OpenMP runtime that torch has loaded. Two torch operators wrap it, so that fake tensors and autograd know its
+shapes.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.machinery
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from rwkv_adapters.wkv6.arguments import check
 
-VERSION = 1
+VERSION = 2
 SEGMENT = 64
 """Both as in kernel.c."""
 VALUES_PER_THREAD = 2**20
@@ -129,17 +128,19 @@ def _call(direction: str, r: Tensor, document_lengths: Sequence[int], *tensors: 
     starts, kept = _starts(tuple(document_lengths))
     addresses = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
     sizes = [ctypes.c_int64(size) for size in (len(document_lengths), H, N)]
-    threads = max(1, min(torch.get_num_threads(), T * H * N * N // VALUES_PER_THREAD))
-
-    def run(pairs: tuple[int, int]) -> int:
-        return function(*map(ctypes.c_int64, pairs), *sizes, starts, kept, *addresses)
-
-    mine, *others = _shares(document_lengths, H, threads)
-    pending = [_threads(os.getpid()).submit(run, share) for share in others]
-    failed = run(mine)
-    failed += sum(future.result() for future in pending)
-    if failed:
+    parallel = _parallel()
+    threads = max(1, min(torch.get_num_threads() if parallel else 1, T * H * N * N // VALUES_PER_THREAD))
+    if function(parallel, ctypes.c_int64(threads), _shares(tuple(document_lengths), H, threads), *sizes, starts, kept, *addresses):
         raise MemoryError("WKV6: no memory for one head's states")
+
+
+@cache
+def _parallel() -> ctypes.c_void_p | None:
+    """GOMP_parallel of the OpenMP runtime that torch has loaded for its own threads, if it is of that kind."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
+    except (AttributeError, OSError, TypeError):  # TypeError: Windows has no library of no name
+        return None
 
 
 @lru_cache(maxsize=64)
@@ -150,19 +151,13 @@ def _starts(document_lengths: tuple[int, ...]) -> tuple[ctypes.Array, ctypes.Arr
     return integers(0, *accumulate(document_lengths)), integers(0, *accumulate(segments))
 
 
-def _shares(document_lengths: Sequence[int], heads: int, threads: int) -> Iterator[tuple[int, int]]:
-    """Cuts the pairs, head by head, into ranges [first, last) of about equally many tokens each, one a thread."""
-    ends = list(accumulate(list(document_lengths) * heads))
-    first = 0
+@lru_cache(maxsize=64)
+def _shares(document_lengths: tuple[int, ...], heads: int, threads: int) -> ctypes.Array:
+    """Where the pairs, head by head, are cut into shares of about equally many tokens each, one a thread."""
+    ends = list(accumulate(document_lengths * heads))
+    cuts, cut = [0], 0
     for thread in range(1, threads + 1):
-        last = first
-        while last < len(ends) and ends[last] * threads <= ends[-1] * thread:
-            last += 1
-        yield first, last
-        first = last
-
-
-@cache
-def _threads(process: int) -> ThreadPoolExecutor:
-    """Idle threads for the shares of a call; those of a parent process are not there in a fork."""
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="wkv6")
+        while cut < len(ends) and ends[cut] * threads <= ends[-1] * thread:
+            cut += 1
+        cuts.append(cut)
+    return (ctypes.c_int64 * len(cuts))(*cuts)

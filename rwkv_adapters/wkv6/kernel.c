@@ -1,8 +1,11 @@
 /* WKV6 on a CPU, forward and backward, in plain C: no headers but the C library's, called through plain addresses.
 
    The documents of a row lie end to end: r, k, v, decay, y are (T, H, N), bonus is (H, N), states are (D, H, N, N), [key][value]; decay
-   is exp(log_decay). Document d is the steps [starts[d], starts[d + 1]). Heads and documents do not touch each other: a call does
-   the pairs [first, last), pair = head * D + document, and calls on different pairs may run at once.
+   is exp(log_decay). Document d is the steps [starts[d], starts[d + 1]). Heads and documents do not touch each other: they are
+   numbered, pair = head * D + document, and shares of the pairs run at once, share s the pairs [shares[s], shares[s + 1]).
+
+   Threads are the caller's: `parallel` is an OpenMP runtime's GOMP_parallel, or NULL for none. It runs a function on so many threads,
+   which are torch's own where the runtime is: those of another pool would wait for torch's, which spin for a while after their work.
 
    Forward leaves the state before every SEGMENT-th step of a document, if it is given the place: checkpoints, (number, H, N, N), those
    of document d from kept[d] on. Backward computes the states in between from them.
@@ -46,7 +49,16 @@
 enum { SEGMENT = 64, COLUMNS = 4 }; /* backward takes COLUMNS columns of the state at once */
 
 /* Other signatures, or another meaning of theirs, are another version; c.py knows which it calls. */
-EXPORT int wkv6_version(void) { return 1; }
+EXPORT int wkv6_version(void) { return 2; }
+
+typedef void (*parallel_function)(void (*work)(void *), void *job, unsigned threads, unsigned flags);
+
+/* The next share that no thread has taken. */
+#if defined(__GNUC__)
+#define TAKE(job) __atomic_fetch_add(&(job)->taken, 1, __ATOMIC_RELAXED)
+#else
+#define TAKE(job) ((job)->taken++) /* one thread */
+#endif
 
 #define REAL float
 #define TYPED(x) x##_float32
@@ -99,8 +111,7 @@ INLINE void TYPED(forward_pair)(
     }
 }
 
-/* Returns 0. `state` is overwritten with the state after each document. */
-EXPORT EACH_CPU int TYPED(wkv6_forward)(
+EACH_CPU static void TYPED(forward_share)(
         int64_t first, int64_t last, int64_t D, int64_t H, int64_t N, const int64_t *starts, const int64_t *kept, const REAL *r,
         const REAL *k, const REAL *v, const REAL *decay, const REAL *bonus, REAL *state, REAL *y, REAL *checkpoints) {
     for (int64_t pair = first; pair < last; pair++) {
@@ -115,6 +126,34 @@ EXPORT EACH_CPU int TYPED(wkv6_forward)(
         }
 #undef CALL
     }
+}
+
+struct TYPED(forward_job) {
+    int64_t taken, count;
+    const int64_t *shares;
+    int64_t D, H, N;
+    const int64_t *starts, *kept;
+    const REAL *r, *k, *v, *decay, *bonus;
+    REAL *state, *y, *checkpoints;
+};
+
+static void TYPED(forward_work)(void *given) {
+    struct TYPED(forward_job) *job = given;
+    for (int64_t share; (share = TAKE(job)) < job->count;)
+        TYPED(forward_share)(job->shares[share], job->shares[share + 1], job->D, job->H, job->N, job->starts, job->kept, job->r, job->k,
+                             job->v, job->decay, job->bonus, job->state, job->y, job->checkpoints);
+}
+
+/* Returns 0. `state` is overwritten with the state after each document. */
+EXPORT int TYPED(wkv6_forward)(
+        parallel_function parallel, int64_t count, const int64_t *shares, int64_t D, int64_t H, int64_t N, const int64_t *starts,
+        const int64_t *kept, const REAL *r, const REAL *k, const REAL *v, const REAL *decay, const REAL *bonus, REAL *state, REAL *y,
+        REAL *checkpoints) {
+    struct TYPED(forward_job) job = {0, count, shares, D, H, N, starts, kept, r, k, v, decay, bonus, state, y, checkpoints};
+    if (parallel && count > 1)
+        parallel(TYPED(forward_work), &job, (unsigned)count, 0);
+    else
+        TYPED(forward_work)(&job);
     return 0;
 }
 
@@ -227,9 +266,8 @@ INLINE void TYPED(backward_pair)(
             g_state[i * N + j] = gS[j * N + i];
 }
 
-/* Returns 0, or 1 where there is no memory. `g_state` is overwritten with the gradient of the state before each document; g_bonus is
-   (D, H, N), each document's share. */
-EXPORT EACH_CPU int TYPED(wkv6_backward)(
+/* Returns 0, or 1 where there is no memory. */
+EACH_CPU static int TYPED(backward_share)(
         int64_t first, int64_t last, int64_t D, int64_t H, int64_t N, const int64_t *starts, const int64_t *kept, const REAL *r,
         const REAL *k, const REAL *v, const REAL *decay, const REAL *bonus, const REAL *checkpoints, const REAL *gy, REAL *g_state,
         REAL *gr, REAL *gk, REAL *gv, REAL *g_log_decay, REAL *g_bonus) {
@@ -250,6 +288,40 @@ EXPORT EACH_CPU int TYPED(wkv6_backward)(
     }
     free(room);
     return 0;
+}
+
+struct TYPED(backward_job) {
+    int64_t taken, count;
+    const int64_t *shares;
+    int64_t D, H, N;
+    const int64_t *starts, *kept;
+    const REAL *r, *k, *v, *decay, *bonus, *checkpoints, *gy;
+    REAL *g_state, *gr, *gk, *gv, *g_log_decay, *g_bonus;
+    int failed;
+};
+
+static void TYPED(backward_work)(void *given) {
+    struct TYPED(backward_job) *job = given;
+    for (int64_t share; (share = TAKE(job)) < job->count;)
+        if (TYPED(backward_share)(job->shares[share], job->shares[share + 1], job->D, job->H, job->N, job->starts, job->kept, job->r,
+                                  job->k, job->v, job->decay, job->bonus, job->checkpoints, job->gy, job->g_state, job->gr, job->gk,
+                                  job->gv, job->g_log_decay, job->g_bonus))
+            job->failed = 1;
+}
+
+/* Returns 0, or 1 where there is no memory. `g_state` is overwritten with the gradient of the state before each document; g_bonus is
+   (D, H, N), each document's part. */
+EXPORT int TYPED(wkv6_backward)(
+        parallel_function parallel, int64_t count, const int64_t *shares, int64_t D, int64_t H, int64_t N, const int64_t *starts,
+        const int64_t *kept, const REAL *r, const REAL *k, const REAL *v, const REAL *decay, const REAL *bonus, const REAL *checkpoints,
+        const REAL *gy, REAL *g_state, REAL *gr, REAL *gk, REAL *gv, REAL *g_log_decay, REAL *g_bonus) {
+    struct TYPED(backward_job) job = {0,     count,       shares, D,       H,  N,  starts, kept,        r,       k, v,
+                                      decay, bonus,       checkpoints, gy, g_state, gr, gk, gv, g_log_decay, g_bonus, 0};
+    if (parallel && count > 1)
+        parallel(TYPED(backward_work), &job, (unsigned)count, 0);
+    else
+        TYPED(backward_work)(&job);
+    return job.failed;
 }
 
 #endif
