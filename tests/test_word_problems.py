@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from bone_ds.demo import rows
 from bone_ds.demo import word_problems as wp
 from bone_ds.errors import DataError
 
@@ -95,7 +96,7 @@ def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(wp.os, "replace", fail)
+    monkeypatch.setattr(rows.os, "replace", fail)
     with pytest.raises(OSError, match="no space"):
         wp.write(tmp_path, train=10, held_out=5, seed=1)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before

@@ -1,1 +1,1 @@
-"""`python -m bone_ds.demo`: a real model fine-tuned on problems it has not seen, in a few minutes on a CPU."""
+"""`python -m bone_ds.demo`: two models fine-tuned on questions they have not seen, in a few minutes on a CPU."""

@@ -5,14 +5,13 @@ Training and held-out problems share the kind of arithmetic and the form of the 
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bone_ds.demo import rows
 from bone_ds.errors import DataError
 
 ANSWER = "The answer is: "
@@ -170,10 +169,10 @@ def generate(templates: Sequence[Template], names: Sequence[str], count: int, se
 def write(directory: str | Path, train: int = 2000, held_out: int = 200, seed: int = 0) -> tuple[Path, Path]:
     """Writes train.jsonl and held_out.jsonl (fields query, response), each whole or not at all; returns their paths."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     paths = directory / "train.jsonl", directory / "held_out.jsonl"
-    _write_jsonl(paths[0], generate(TRAIN_TEMPLATES, TRAIN_NAMES, train, seed))
-    _write_jsonl(paths[1], generate(HELD_OUT_TEMPLATES, HELD_OUT_NAMES, held_out, seed + 1))
+    for path, problems in zip(paths, (generate(TRAIN_TEMPLATES, TRAIN_NAMES, train, seed),
+                                      generate(HELD_OUT_TEMPLATES, HELD_OUT_NAMES, held_out, seed + 1)), strict=True):
+        rows.write(path, ({"query": problem.query, "response": problem.response} for problem in problems))
     return paths
 
 
@@ -223,13 +222,3 @@ def _work(steps: Sequence[str], numbers: dict[str, int]) -> tuple[dict[str, int]
 
 def _parsed(steps: Sequence[str]) -> Iterator[list[str]]:
     return (step.split() for step in steps)
-
-
-def _write_jsonl(path: Path, problems: Sequence[Problem]) -> None:
-    lines = [json.dumps({"query": problem.query, "response": problem.response}) + "\n" for problem in problems]
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text("".join(lines), encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
