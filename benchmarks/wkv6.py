@@ -9,17 +9,15 @@ time in fp64, outputs and all gradients, is not timed.
 
 import argparse
 import json
-import os
-import platform
 import shlex
 import subprocess
 import sysconfig
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from provenance import provenance
 from torch import Tensor
 
 from rwkv_adapters.wkv6 import c, resolve
@@ -115,12 +113,8 @@ def _report(rows: list[dict]) -> None:
 
 
 def _provenance(threads: int) -> dict:
-    return {
-        "commit": _first_line("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
-        "python": platform.python_version(), "machine": platform.machine(), "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)), "threads": threads, "versions": {"torch": version("torch")},
-        "compiler": _first_line(*shlex.split(sysconfig.get_config_var("CC") or "cc"), "--version"),
-    }
+    compiler = _first_line(*shlex.split(sysconfig.get_config_var("CC") or "cc"), "--version")
+    return provenance("torch") | {"threads": threads, "compiler": compiler}
 
 
 def _first_line(*command: str) -> str:
@@ -128,11 +122,6 @@ def _first_line(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
     except OSError:
         return ""
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def _options() -> argparse.Namespace:
