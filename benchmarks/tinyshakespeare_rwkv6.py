@@ -1,4 +1,4 @@
-"""Bone beside LoRA on a really trained RWKV6 of 3M parameters, at equal budgets, each at its best of three learning rates.
+"""Bone beside LoRA on a really trained RWKV6 of 3M parameters, at equal budgets, each at its best of four learning rates.
 
 The model is one of rwkv.cpp's test models, trained on UTF-16LE bytes; the text is tinyshakespeare, its first nine tenths to
 train on and 64 KiB of the last tenth held out. 60 steps of 4 pieces of 256 bytes, fp32, ZeRO-2 on 2 ranks, through the
@@ -14,9 +14,9 @@ from pathlib import Path
 from held_out import Comparison, Method
 
 METHODS = (
-    Method("bone row r=16", ("adapter.grouping=row", "adapter.rank=16"), (1e-3, 3e-3, 1e-2)),
-    Method("lora r=8", ("adapter.method=lora", "adapter.rank=8"), (3e-3, 1e-2, 3e-2)),
-    Method("state", ("adapter.method=state",), (3e-2, 1e-1, 3e-1)))
+    Method("bone row r=16", ("adapter.grouping=row", "adapter.rank=16"), (3e-4, 1e-3, 3e-3, 1e-2)),
+    Method("lora r=8", ("adapter.method=lora", "adapter.rank=8"), (1e-3, 3e-3, 1e-2, 3e-2)),
+    Method("state", ("adapter.method=state",), (3e-2, 1e-1, 3e-1, 1.0)))
 HELD_OUT_CHARACTERS = 32 * 1024
 
 
@@ -36,7 +36,7 @@ def main() -> None:
         "train": {"steps": steps, "global_batch_size": 4, "micro_batch_size": 2, "warmup_steps": steps // 15, "eval_every": steps // 2,
                   "save_every": 0},
     }
-    Comparison(config, METHODS, ranks=2, work=options.work, json=options.json, fall=0.2, margin=0.03).run(1 if options.quick else 3)
+    Comparison(config, METHODS, ranks=2, work=options.work, json=options.json, fall=0.2, margin=0.03).run(1 if options.quick else 4)
 
 
 def _split(text: Path, work: Path, held_out_characters: int) -> tuple[Path, Path]:
