@@ -1,7 +1,6 @@
 """The RWKV6 forward: as the `rwkv` package computes it, document by document, with every gradient."""
 
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,15 +13,6 @@ from bone_ds.config import AdapterConfig
 from bone_ds.inject import inject
 from rwkv_adapters import ARCHITECTURE
 from rwkv_adapters.model import Rwkv6, parameter_shapes
-
-REAL = Path(__file__).parents[2] / "shared/models/rwkv6-tiny-3m.pth"
-
-
-@pytest.fixture
-def real_model() -> Path:
-    if not REAL.exists():
-        pytest.skip("no rwkv6-tiny-3m.pth beside the repository, in shared/models")
-    return REAL
 
 
 def some_tokens(count, vocabulary=96, seed=0):
@@ -104,8 +94,8 @@ def test_auto_equals_the_rwkv_package(tmp_path):
 
 
 @pytest.mark.parametrize(("wkv", "tolerance", "lengths"), [("naive", 1e-6, (1, 77)), ("auto", 1e-5, (1, 15, 77, 500))])
-def test_the_real_tiny_model_equals_the_rwkv_package(real_model, wkv, tolerance, lengths):
-    assert_equals_package(real_model, wkv, tolerance, lengths, vocabulary=256)
+def test_the_real_tiny_model_equals_the_rwkv_package(real_rwkv6, wkv, tolerance, lengths):
+    assert_equals_package(real_rwkv6, wkv, tolerance, lengths, vocabulary=256)
 
 
 def test_a_bf16_file_is_computed_with_as_it_is(tmp_path):
@@ -302,9 +292,9 @@ def test_lengths_that_are_no_tokens_are_refused():
         random_model().hidden(some_tokens(4), (3,))
 
 
-def test_names_and_order_are_those_of_the_official_files(real_model):
-    stored = torch.load(real_model, mmap=True, weights_only=True)
-    shapes = parameter_shapes(opened(real_model).sizes)
+def test_names_and_order_are_those_of_the_official_files(real_rwkv6):
+    stored = torch.load(real_rwkv6, mmap=True, weights_only=True)
+    shapes = parameter_shapes(opened(real_rwkv6).sizes)
     assert list(shapes.items()) == [(name, tuple(tensor.shape)) for name, tensor in stored.items()]
 
 
