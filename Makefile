@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"
 
-# Longer checks on the real model that `make demo` fetches; without it they are skipped, and say so.
+# Longer checks on large models; those on the one that `make demo` fetches are skipped without it, and say so.
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
