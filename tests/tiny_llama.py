@@ -1,36 +1,17 @@
 """Tiny random Llamas: in memory, saved by transformers, as one GGUF file, and with a random adapter."""
 
-from contextlib import contextmanager
-
 import gguf
 import numpy as np
 import torch
 from gguf import GGUFWriter
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from whole_on_cpu import WholeOnCpu
 
 from bone_ds import adapter_file
 from bone_ds.config import ModelConfig, RunConfig
 from bone_ds.inject import inject
 from llama_adapters import ARCHITECTURE, attention, gguf_conversion
-
-
-class WholeOnCpu:
-    """The simplest Placement; it notices parameters that are assigned twice."""
-
-    def __init__(self):
-        self.assigned = []
-
-    @contextmanager
-    def empty(self):
-        yield
-
-    def assign(self, param, tensor):
-        assert param.shape == tensor.shape
-        assert not any(param is other for other in self.assigned)
-        self.assigned.append(param)
-        with torch.no_grad():
-            param.copy_(tensor)
 
 
 def tiny_config(**changes) -> LlamaConfig:

@@ -1,33 +1,16 @@
 """Tiny random RWKV6 models, saved as files; every term of the forward pass matters in them."""
 
 import os
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from io import StringIO
 
 import safetensors.torch
 import torch
+from whole_on_cpu import WholeOnCpu
 
 from bone_ds.config import ModelConfig
 from rwkv_adapters import ARCHITECTURE
 from rwkv_adapters.model import Sizes, parameter_shapes
-
-
-class WholeOnCpu:
-    """The simplest Placement; it notices parameters that are assigned twice."""
-
-    def __init__(self):
-        self.assigned = []
-
-    @contextmanager
-    def empty(self):
-        yield
-
-    def assign(self, param, tensor):
-        assert param.shape == tensor.shape
-        assert not any(param is other for other in self.assigned)
-        self.assigned.append(param)
-        with torch.no_grad():
-            param.copy_(tensor)
 
 
 def tiny_sizes(layers=2, width=32, head_size=8, ffn_width=56, vocabulary=96, mix_rank=4, decay_rank=6, attention_width=None,
