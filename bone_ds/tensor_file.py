@@ -1,7 +1,10 @@
-"""Writing safetensors files: readable as the user's umask says, and a write that fails is the user's to mend."""
+"""Files of tensors: written so that they are readable as the user's umask says, read through mapped memory that is given back."""
 
 from __future__ import annotations
 
+import ctypes
+import math
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,3 +25,12 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str
     except (OSError, SafetensorError) as error:
         path.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: can't be written: {str(error).splitlines()[0]}") from None
+
+
+def drop_pages(tensor: Tensor) -> None:
+    """Takes the pages of a mapped tensor that was used out of this process's memory; used again they are read again."""
+    page_bytes = mmap.PAGESIZE
+    begin = math.ceil(tensor.data_ptr() / page_bytes) * page_bytes
+    end = (tensor.data_ptr() + tensor.nbytes) // page_bytes * page_bytes
+    if end > begin and tensor.is_contiguous() and hasattr(mmap, "MADV_DONTNEED"):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(mmap.MADV_DONTNEED))

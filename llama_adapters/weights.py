@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from bone_ds.arch import Placement, Source
 from bone_ds.config import ModelConfig
 from bone_ds.errors import CheckpointError, ConfigError
+from bone_ds.tensor_file import drop_pages
 from llama_adapters import attention, checks
 
 _HUB_FILES = ("config.json", "generation_config.json", "model*.safetensors", checks.INDEX, "tokenizer*", "*.jinja",
@@ -73,13 +74,16 @@ def build(source: Source, dtype: torch.dtype) -> nn.Module:
 def load(model: nn.Module, source: Source, placement: Placement) -> None:
     """Streams the weights into the model, one tensor at a time, in the order of its parameters.
 
-    Called outside `Placement.empty()`. Raises CheckpointError.
+    A tensor's bytes leave memory once it is placed, so that the files are never there as a whole. Called outside
+    `Placement.empty()`. Raises CheckpointError.
     """
     tensors = _read_checked(source.path, model.config)
     with ExitStack() as stack:
         files = {path: stack.enter_context(_mapped(path)) for path in sorted({stored.file for stored in tensors.values()})}
         for name, param in model.named_parameters():
-            placement.assign(param, files[tensors[name].file].get_tensor(name))
+            tensor = files[tensors[name].file].get_tensor(name)
+            placement.assign(param, tensor)
+            drop_pages(tensor)
     _recompute_rotary_tables(model)
 
 

@@ -5,9 +5,6 @@ Everything wrong is a CheckpointError that names the file, the tensor, and its v
 
 from __future__ import annotations
 
-import ctypes
-import math
-import mmap
 import re
 import zipfile
 from collections import Counter
@@ -63,15 +60,6 @@ def sample(tensor: Tensor, size_bytes: int = 4096) -> bytes:
     values = tensor.reshape(-1)
     count = min(len(values), size_bytes // tensor.itemsize)
     return b"".join(part.contiguous().view(torch.uint8).numpy().tobytes() for part in (values[:count], values[len(values) - count:]))
-
-
-def drop_pages(tensor: Tensor) -> None:
-    """Takes the pages of a mapped tensor that was used out of this process's memory; used again they are read again."""
-    page_bytes = mmap.PAGESIZE
-    begin = math.ceil(tensor.data_ptr() / page_bytes) * page_bytes
-    end = (tensor.data_ptr() + tensor.nbytes) // page_bytes * page_bytes
-    if end > begin and tensor.is_contiguous() and hasattr(mmap, "MADV_DONTNEED"):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(mmap.MADV_DONTNEED))
 
 
 def one_line(error: Exception, limit: int = 200) -> str:

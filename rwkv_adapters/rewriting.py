@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bone_ds.arch import Source
 from bone_ds.errors import ConfigError
+from bone_ds.tensor_file import drop_pages
 from rwkv_adapters import checks
 
 _Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -63,7 +64,7 @@ def _changed(tensors: dict[str, Tensor], change: Callable[[str, Tensor], Tensor]
         assert changed.numel() == tensor.numel(), name
         yield memoryview(changed.contiguous().flatten().view(torch.uint8).numpy())
         if name not in added:
-            checks.drop_pages(tensor)
+            drop_pages(tensor)
 
 
 def _write_safetensors(path: Path, layout: _Layout, contents: Iterator[memoryview]) -> None:

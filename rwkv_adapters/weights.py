@@ -14,6 +14,7 @@ from torch import Tensor
 from bone_ds.arch import Placement, Source
 from bone_ds.config import ModelConfig
 from bone_ds.errors import CheckpointError
+from bone_ds.tensor_file import drop_pages
 from rwkv_adapters import checks
 from rwkv_adapters.model import Rwkv6, Sizes, operator, parameter_shapes
 
@@ -58,7 +59,7 @@ def load(model: Rwkv6, source: RwkvSource, placement: Placement) -> None:
     for name, shape in parameter_shapes(source.sizes).items():
         tensor = tensors.pop(name)
         placement.assign(params[name], tensor.reshape(shape))
-        checks.drop_pages(tensor)
+        drop_pages(tensor)
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:

@@ -1,8 +1,10 @@
 """Opening, building and loading models, and converting GGUF files."""
 
 import json
+import resource
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -228,3 +230,27 @@ def test_real_gguf_equals_transformers_to_the_bit(smollm2_gguf, tmp_path_factory
     with torch.no_grad():
         torch.testing.assert_close(logits(model, tokens), plain(input_ids=tokens).logits[0], rtol=1e-5, atol=1e-4)
     shutil.rmtree(cache)
+
+
+def test_loading_holds_one_tensor_at_a_time(tmp_path):
+    """Here the embedding and the head, which are nearly all of the file, one after the other."""
+    save_tiny(tmp_path, vocab_size=200_000)
+    source = opened(tmp_path)
+    with torch.device("meta"):
+        model = ARCHITECTURE.build(source, torch.float32)
+    held_bytes = []
+
+    class ReadAndForgotten:
+        def assign(self, param, tensor):
+            assert torch.isfinite(tensor.sum())  # which reads all of it
+            held_bytes.append(resident_bytes())
+
+    before = resident_bytes()
+    ARCHITECTURE.load(model, source, ReadAndForgotten())
+    file_bytes = sum(path.stat().st_size for path in weights.weight_files(source))
+    assert file_bytes > 30 * 2**20
+    assert 0.2 * file_bytes < max(held_bytes) - before < 0.8 * file_bytes, (before, max(held_bytes), file_bytes)
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
