@@ -49,16 +49,24 @@ class AdapterConfig(Section):
     method: Literal["bone", "lora", "state", "full"] = Field(
         "bone", description="bone: block affine (the paper). lora: the baseline, through peft. state: RWKV6's initial state alone. "
                             "full: every weight, for small models and as a baseline.")
-    grouping: Literal["row", "col"] = Field(
-        "row", description="Which blocks share a Bone matrix: row costs what LoRA costs, col is the paper's Llama setting.")
+    grouping: Literal["row", "col", "left"] = Field(
+        "row", description="Which blocks share a Bone matrix: row costs what LoRA costs; col is the paper's Llama setting; left, ours and "
+                           "not the paper's, has col's parameters at about row's cost.")
     rank: int = Field(64, ge=1, description="Bone block size r, or LoRA rank.")
+    parameters: int | None = Field(
+        None, ge=1, description="In place of rank: take the largest one that trains at most so many parameters.")
     alpha: float | None = Field(None, gt=0, description="LoRA scale numerator (scale = alpha / rank); default rank. Not for bone.")
     strategy: Literal["auto", "materialized", "checkpointed", "fused", "factored"] = Field(
-        "auto", description="How Bone is computed, with equal results: auto takes factored for row and fused for col.")
+        "auto", description="How Bone is computed, with equal results: auto takes factored for row and left, fused for col.")
     targets: Texts | None = Field(
         None, description="Module names to adapt, for example [q_proj, v_proj]; default all of the architecture's.")
     layers: Annotated[tuple[int, int], BeforeValidator(_as_tuple)] | None = Field(
         None, description="First and last layer to adapt, from 0, the last excluded; default all.")
+
+    @property
+    def has_rank(self) -> bool:
+        """False until adapter.parameters has become a rank, which takes the model's shapes."""
+        return self.parameters is None or "rank" in self.model_fields_set
 
 
 class DataConfig(Section):
@@ -107,8 +115,13 @@ class TrainConfig(Section):
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment decay.")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the global gradient norm to this; 0 is no clipping.")
-    activation_checkpointing: Literal["none", "bone", "layer"] = Field(
-        "none", description="Recomputed in backward: nothing, each Bone layer, or each whole layer.")
+    activation_checkpointing: Literal["auto", "none", "bone", "layer", "bone+layer"] = Field(
+        "auto", description="Recomputed in backward: nothing, each Bone layer, each whole layer, or both, one within the other; auto takes "
+                            "layer where recompute_every, recompute_modules or the DeepSpeed JSON's section ask for it, else none.")
+    recompute_every: int | None = Field(
+        None, ge=1, description="layer: recompute each such layer, from the first; default every one.")
+    recompute_modules: Texts | None = Field(
+        None, description="layer: recompute these modules instead of whole layers, by their names within a layer, for example [mlp].")
     loss_chunk: int = Field(512, ge=1, description="Loss-bearing positions whose logits are held at once.")
     chunk_length: int | None = Field(
         None, ge=16, description="RWKV6: run so many tokens at a time and carry the state on, without gradient; default whole sequences.")
@@ -147,8 +160,8 @@ class RunConfig(Section):
 _NOT_FOR = {
     "bone": ("alpha",),
     "lora": ("grouping", "strategy"),
-    "state": ("rank", "alpha", "grouping", "strategy", "targets"),
-    "full": ("rank", "alpha", "grouping", "strategy", "targets", "layers"),
+    "state": ("rank", "parameters", "alpha", "grouping", "strategy", "targets"),
+    "full": ("rank", "parameters", "alpha", "grouping", "strategy", "targets", "layers"),
 }
 """Fields of the adapter section by the method they mean nothing to."""
 
@@ -157,15 +170,21 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
     adapter, data, train = config.adapter, config.data, config.train
     for field in _NOT_FOR[adapter.method]:
         if field in adapter.model_fields_set and getattr(adapter, field) is not None:
-            value = getattr(adapter, field)
-            shown = list(value) if isinstance(value, tuple) else value
-            yield f"adapter.{field}: {shown!r} has no meaning with adapter.method: {adapter.method}, remove it"
-    if train.activation_checkpointing == "bone" and adapter.method != "bone":
-        yield f"train.activation_checkpointing: 'bone' needs adapter.method: bone, this is {adapter.method!r}; use none or layer"
+            yield f"adapter.{field}: {_plain(getattr(adapter, field))!r} has no meaning with adapter.method: {adapter.method}, remove it"
+    if "bone" in train.activation_checkpointing and adapter.method != "bone":
+        yield (f"train.activation_checkpointing: {train.activation_checkpointing!r} needs adapter.method: bone, this is "
+               f"{adapter.method!r}; use none or layer")
+    for field in ("recompute_every", "recompute_modules"):
+        if getattr(train, field) is not None and train.activation_checkpointing in ("none", "bone"):
+            yield (f"train.{field}: {_plain(getattr(train, field))!r} has no meaning with train.activation_checkpointing: "
+                   f"{train.activation_checkpointing!r}; remove one")
+    for field, names in (("adapter.targets", adapter.targets), ("train.recompute_modules", train.recompute_modules)):
+        if names is not None and (not names or len(set(names)) < len(names)):
+            yield f"{field}: {list(names)} is empty or names a module twice"
     if (adapter.grouping, adapter.strategy) == ("col", "factored"):
-        yield "adapter.strategy: 'factored' exists for adapter.grouping: row alone, this is 'col'; use auto or fused"
-    if adapter.targets is not None and (not adapter.targets or len(set(adapter.targets)) < len(adapter.targets)):
-        yield f"adapter.targets: {list(adapter.targets)} is empty or names a module twice"
+        yield "adapter.strategy: 'factored' exists for adapter.grouping: row and left, this is 'col'; use auto or fused"
+    if (adapter.grouping, adapter.strategy) == ("left", "fused"):
+        yield "adapter.strategy: 'fused' exists for adapter.grouping: row and col, this is 'left'; use auto or factored"
     if adapter.layers is not None and not 0 <= adapter.layers[0] < adapter.layers[1]:
         yield f"adapter.layers: {list(adapter.layers)} is no range, give [first, last) with 0 <= first < last"
     templates = {"template": data.template, "completion": data.completion}
@@ -294,7 +313,7 @@ def _describe(detail: ErrorDetails) -> str:
     """One pydantic error as `field: what is wrong with which value`."""
     field = ".".join(map(str, detail["loc"]))
     nested = len(detail["loc"]) > 2
-    kind, value = detail["type"], list(detail["input"]) if isinstance(detail["input"], tuple) else detail["input"]
+    kind, value = detail["type"], _plain(detail["input"])
     if kind == "value_error":
         return str(detail["ctx"]["error"])
     if kind == "missing" and nested:
@@ -335,6 +354,8 @@ def dump_yaml(config: RunConfig) -> str:
     tree = config.model_dump(mode="json", exclude_none=True)
     for field in _NOT_FOR[config.adapter.method]:  # given at all, they are refused
         tree["adapter"].pop(field, None)
+    if not config.adapter.has_rank:
+        del tree["adapter"]["rank"]
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -353,6 +374,9 @@ def describe_fields() -> str:
     return "\n".join(lines)
 
 
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _as_yaml(value: Any) -> str:
-    value = list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump(value, default_flow_style=True).replace("\n...\n", "").strip()
+    return yaml.safe_dump(_plain(value), default_flow_style=True).replace("\n...\n", "").strip()

@@ -7,18 +7,18 @@ import json
 from pathlib import Path
 
 import ds_configs
+from bone_ds.activation_policy import ActivationPolicy, policy_of
 from bone_ds.config import RunConfig
 from bone_ds.errors import ConfigError
 
 # Sections that DeepSpeed itself obeys without more code here. DeepSpeed ignores unknown ones silently, so they are refused.
 _OBEYED = {
     "zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "wall_clock_breakdown",
-    "flops_profiler", "tensorboard", "wandb", "csv_monitor", "data_types",
+    "flops_profiler", "tensorboard", "wandb", "csv_monitor", "data_types", "activation_checkpointing",
 }
 _REFUSED = {
     "fp16": "training is in model.dtype: bf16 or fp32; remove it",
     "scheduler": "the learning rate follows train.schedule and train.warmup_steps; remove it",
-    "activation_checkpointing": "use train.activation_checkpointing; remove it",
     "amp": "training is in model.dtype: bf16 or fp32; remove it",
 }
 # Fields of zero_optimization that DeepSpeed documents and that training here has no objection to. It refuses unknown ones
@@ -49,11 +49,17 @@ def resolve(config: RunConfig, world_size: int) -> dict:
     derived = _derived(config, world_size)
     for key, value in derived.items():
         _check_agreement(origin, given, key, value)
-    return given | {key: value for key, (value, _) in derived.items()} 
+    policy = policy_of(config, origin, given.get("activation_checkpointing", {}))
+    return given | {key: value for key, (value, _) in derived.items()} | {"activation_checkpointing": policy.section()}
 
 
 def stage(resolved: dict) -> int:
     return resolved["zero_optimization"]["stage"]
+
+
+def activation_policy(resolved: dict) -> ActivationPolicy:
+    """What is recomputed in backward, in a resolved configuration."""
+    return ActivationPolicy.of(resolved["activation_checkpointing"])
 
 
 def accumulation_steps(config: RunConfig, world_size: int) -> int:

@@ -18,6 +18,7 @@ def inject(model: nn.Module, architecture: Architecture, adapter: AdapterConfig)
     A name is the module's with the tensor's, for example `model.layers.0.self_attn.q_proj.bone`; with `full`, the weight's.
     Raises InjectionError for targets or layers that the model lacks, and where the rank fits not every layer.
     """
+    adapter = with_rank(model, architecture, adapter)
     check(model, architecture, adapter)
     if adapter.method == "full":
         model.requires_grad_(True)
@@ -28,8 +29,23 @@ def inject(model: nn.Module, architecture: Architecture, adapter: AdapterConfig)
     return methods.adapt(model, select(model, architecture, adapter), adapter)
 
 
+def with_rank(model: nn.Module, architecture: Architecture, adapter: AdapterConfig) -> AdapterConfig:
+    """The adapter with the rank that adapter.parameters asks for; as it is where none are named. The model's shapes are enough.
+
+    Raises InjectionError where no rank trains so few, and for another rank that is given beside.
+    """
+    if adapter.parameters is None:
+        return adapter
+    rank = methods.largest_rank(select(model, architecture, adapter), adapter)
+    if adapter.has_rank and adapter.rank != rank:
+        raise InjectionError(f"adapter.rank: {adapter.rank} is given beside adapter.parameters: {adapter.parameters}, "
+                             f"which choose {rank}; remove one")
+    return adapter.model_copy(update={"rank": rank})
+
+
 def check(model: nn.Module, architecture: Architecture, adapter: AdapterConfig) -> None:
     """Raises what `inject` would, and changes nothing."""
+    adapter = with_rank(model, architecture, adapter)
     if adapter.method == "state" and not architecture.carries_state:
         raise InjectionError(f"adapter.method: 'state' trains a state that documents begin with, {architecture.name} has none; use bone")
     if adapter.method in ("state", "full"):

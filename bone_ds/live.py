@@ -1,7 +1,7 @@
 """Bytes of the tensor storages that are alive, by what they are for; of real tensors and of fake ones.
 
 A storage counts from the operation that returns it, or from `claim`, until it is freed. What an operation's kernel holds for
-itself meanwhile, and what lives outside of tensors, is not seen.
+itself meanwhile, and what lives outside of tensors, is not seen. Meta tensors have sizes and no memory.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class Moment:
     total_bytes: int
     by_component: dict[str, int] | None = None
     """None where the components were not asked for."""
+    storage: int = 0
+    """Which one. Its number may be another's once it is freed."""
 
 
 @dataclass(frozen=True)
@@ -107,20 +109,20 @@ class LiveMemory(TorchDispatchMode):
     def _note(self, tensor: Tensor, component: str) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._storages:
+        if key in self._storages or tensor.is_meta:
             return
         size_bytes = -(-storage.nbytes() // self._granularity_bytes) * self._granularity_bytes
         self._storages[key] = _Storage(size_bytes, component, weakref.ref(storage, partial(self._freed, key)))
-        self._change(component, size_bytes)
+        self._change(key, component, size_bytes)
         if self.total_bytes > self.peak_bytes:
             self.reset_peak()
 
     def _freed(self, key: int, _: weakref.ref) -> None:
         gone = self._storages.pop(key)
-        self._change(gone.component, -gone.size_bytes)
+        self._change(key, gone.component, -gone.size_bytes)
 
-    def _change(self, component: str, size_bytes: int) -> None:
+    def _change(self, key: int, component: str, size_bytes: int) -> None:
         self.total_bytes += size_bytes
         self.by_component[component] += size_bytes
         if self._history is not None:
-            self._history.append(Moment(time.monotonic(), self.total_bytes, dict(+self.by_component)))
+            self._history.append(Moment(time.monotonic(), self.total_bytes, dict(+self.by_component), key))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 from torch import Tensor, nn
 
-from bone_ds.bone.grouping import fits, largest_common_block
+from bone_ds.bone.grouping import bone_shape, fits, largest_common_block
 from bone_ds.bone.layer import BoneLinear
 from bone_ds.bone.reference import adapted_weight
 from bone_ds.config import AdapterConfig
@@ -59,6 +60,26 @@ def check(linears: dict[str, nn.Linear], adapter: AdapterConfig) -> None:
         usable = ", ".join(map(str, largest_common_block(list(shapes))[:4]))
         raise InjectionError(
             f"adapter.rank: {adapter.rank} does not divide {named}\nThe largest block sizes that fit every target: {usable}")
+
+
+def trainable_parameters(linears: dict[str, nn.Linear], adapter: AdapterConfig, rank: int) -> int:
+    """How many the adapter would train at a rank that fits."""
+    shapes = [(linear.out_features, linear.in_features) for linear in linears.values()]
+    if adapter.method == "bone":
+        return sum(math.prod(bone_shape(adapter.grouping, *shape, rank)) for shape in shapes)
+    return sum(rank * sum(shape) for shape in shapes)
+
+
+def largest_rank(linears: dict[str, nn.Linear], adapter: AdapterConfig) -> int:
+    """The largest that trains at most adapter.parameters; Bone's block size fits every layer too. InjectionError if 1 is too large."""
+    budget = adapter.parameters
+    smallest = trainable_parameters(linears, adapter, 1)
+    if budget < smallest:
+        raise InjectionError(f"adapter.parameters: {budget} are too few for these targets and layers: rank 1 trains {smallest}")
+    if adapter.method == "lora":
+        return budget // smallest
+    sizes = largest_common_block((linear.out_features, linear.in_features) for linear in linears.values())
+    return next(size for size in sizes if trainable_parameters(linears, adapter, size) <= budget)
 
 
 def _adapt_with_lora(model: nn.Module, linears: dict[str, nn.Linear], adapter: AdapterConfig) -> dict[str, nn.Parameter]:

@@ -50,9 +50,12 @@ class RunDirectory:
         if not stored_path.exists():
             raise ConfigError(f"--resume: {self.path} holds no run (no config.yaml)")
         stored = load_config(stored_path)
+        free = {"wkv"}  # operators give equal results
+        if not config.adapter.has_rank:
+            free.add("rank")  # it follows from the other fields
         for section in ("model", "adapter", "data"):
             fields = type(getattr(config, section)).model_fields
-            alike = tuple(field for field in fields if field != "wkv")  # operators give equal results
+            alike = tuple(field for field in fields if field not in free)
             self._check_equal(section, getattr(stored, section), getattr(config, section), alike)
         self._check_equal("train", stored.train, config.train, ("global_batch_size", "seed", "chunk_length", "l2wrap"))
 

@@ -18,7 +18,7 @@ from bone_ds.data import GlobalOrder, Samples, collate_chunks, deal, load_sample
 from bone_ds.engine import Engine
 from bone_ds.errors import CheckpointError, ConfigError, DataError
 from bone_ds.evaluate import HeldOut
-from bone_ds.inject import check, inject
+from bone_ds.inject import check, inject, with_rank
 from bone_ds.launch import Ranks
 from bone_ds.objective import Objective
 from bone_ds.progress import Progress, hold_log_lines, peak_memory_gib
@@ -55,6 +55,7 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False) -> RunResult:
         source = architecture.open(config.model)
         if not engines.agree(source.fingerprint):
             raise CheckpointError(f"model.path: {config.model.path}: the ranks found different weights; give every host the same model")
+        config = _with_rank(config, architecture, source)
         samples, held_out_samples = _load_data(config, architecture, source)
         order = GlobalOrder(samples, config.data.packing, config.data.max_length, config.train.global_batch_size, config.train.seed)
         held_out = held_out_samples and HeldOut(
@@ -122,11 +123,22 @@ def build_engine(config: RunConfig, architecture: Architecture, source: Source, 
     placement = engines.placement.choose(ds, device)
     with placement.empty():
         model = architecture.build(source, DTYPES[config.model.dtype])
+    policy = ds_json.activation_policy(ds)
     check(model, architecture, config.adapter)  # before the weights are read
+    activation.check(model, architecture, policy)
     architecture.load(model, source, placement)
     trainable = inject(model, architecture, config.adapter)
-    activation.apply(model, architecture, config.train.activation_checkpointing)
+    activation.apply(model, architecture, policy)
     return Engine(Objective(model, architecture, config.train.loss_chunk, config.train.l2wrap), trainable, ds)
+
+
+def _with_rank(config: RunConfig, architecture: Architecture, source: Source) -> RunConfig:
+    """The config with the rank that adapter.parameters asks for."""
+    if config.adapter.parameters is None:
+        return config
+    with torch.device("meta"):
+        model = architecture.build(source, DTYPES[config.model.dtype])
+    return config.model_copy(update={"adapter": with_rank(model, architecture, config.adapter)})
 
 
 def _check_architecture(config: RunConfig, architecture: Architecture) -> None:

@@ -50,6 +50,8 @@ WRONG_TYPES = [
     ("model.path", "null", "None: give text"),
     ("model.dtype", "on", "True is not one of 'bf16' or 'fp32'"),
     ("adapter.targets", "5", "5: give a list"),
+    ("adapter.parameters", "33M", "'33M': give a whole number"),
+    ("train.recompute_modules", "5", "5: give a list"),
     ("adapter.layers", "3", "3: give a list"),
     ("adapter.layers.1", "[0, a]", "'a': give a whole number"),
     ("adapter.layers", "[0]", "[0]: the list has too few items"),
@@ -72,7 +74,7 @@ OUT_OF_RANGE = [
     ("train.beta1", "1.0"), ("train.beta2", "-0.5"), ("train.eps", "0.0"), ("train.max_grad_norm", "-1.0"), ("train.loss_chunk", "0"),
     ("train.chunk_length", "8"), ("train.l2wrap", "-0.1"), ("model.tokenizer", "''"),
     ("train.seed", "-1"), ("train.eval_every", "-1"), ("train.save_every", "-1"), ("train.keep_checkpoints", "0"),
-    ("data.train", "[]"), ("output.directory", "''"), ("model.path", "''"),
+    ("adapter.parameters", "0"), ("train.recompute_every", "0"), ("data.train", "[]"), ("output.directory", "''"), ("model.path", "''"),
 ]
 
 
@@ -86,7 +88,8 @@ CHOICES = [
     ("model.dtype", "fp16", "did you mean 'bf16'?"), ("adapter.method", "lorra", "did you mean 'lora'?"),
     ("adapter.grouping", "column", "did you mean 'col'?"), ("adapter.strategy", "magic", "'factored'"),
     ("data.prompt", "templte", "did you mean 'template'?"), ("data.overlong", "cut", "'truncate', 'drop' or 'split'"),
-    ("train.schedule", "cosin", "did you mean 'cosine'?"), ("train.activation_checkpointing", "full", "'none', 'bone' or 'layer'"),
+    ("train.schedule", "cosin", "did you mean 'cosine'?"), ("train.activation_checkpointing", "full", "'layer' or 'bone+layer'"),
+    ("train.activation_checkpointing", "bone+layers", "did you mean 'bone+layer'?"), ("adapter.grouping", "lfet", "did you mean 'left'?"),
     ("model.architecture", "lama", "did you mean 'llama'?"), ("model.architecture", "rwkv7", "did you mean 'rwkv'?"),
     ("model.wkv", "cuda", "'chunked'"), ("adapter.method", "stat", "did you mean 'state'?"),
 ]
@@ -110,6 +113,13 @@ CONFLICTS = [
     (["train.chunk_length=512"], ["train.chunk_length: 512", "data.max_length: 512"]),
     (["data.overlong=split"], ["data.overlong", "'split'", "'metamath'"]),
     (["adapter.grouping=col", "adapter.strategy=factored"], ["adapter.strategy", "'factored'", "'col'"]),
+    (["adapter.grouping=left", "adapter.strategy=fused"], ["adapter.strategy", "'fused'", "'left'"]),
+    (["adapter.method=lora", "train.activation_checkpointing=bone+layer"], ["train.activation_checkpointing", "'bone+layer'", "'lora'"]),
+    (["train.activation_checkpointing=none", "train.recompute_every=2"], ["train.recompute_every: 2", "checkpointing: 'none'"]),
+    (["train.activation_checkpointing=bone", "train.recompute_modules=mlp"], ["train.recompute_modules: ['mlp']", "checkpointing: 'bone'"]),
+    (["train.recompute_modules=[]"], ["train.recompute_modules", "[]"]),
+    (["train.recompute_modules=[mlp, mlp]"], ["train.recompute_modules", "['mlp', 'mlp']"]),
+    (["adapter.method=full", "adapter.parameters=5"], ["adapter.parameters", "5", "full"]),
     (["adapter.targets=[]"], ["adapter.targets", "[]"]),
     (["adapter.targets=[q_proj, q_proj]"], ["adapter.targets", "['q_proj', 'q_proj']"]),
     (["adapter.layers=[2, 1]"], ["adapter.layers", "[2, 1]"]),

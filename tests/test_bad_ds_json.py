@@ -5,7 +5,7 @@ import json
 import pytest
 
 import ds_configs
-from bone_ds import ds_json
+from bone_ds import activation_policy, ds_json
 from bone_ds.cli import main
 from bone_ds.config import RunConfig
 
@@ -57,7 +57,6 @@ REFUSED = [
     ({"fp16": {"enabled": True}}, ["fp16", "model.dtype"]),
     ({"amp": {"enabled": True}}, ["amp", "model.dtype"]),
     ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "train.schedule"]),
-    ({"activation_checkpointing": {"partition_activations": True}}, ["activation_checkpointing", "train.activation_checkpointing"]),
     ({"zero_optimisation": {"stage": 1}}, ["zero_optimisation", "did you mean 'zero_optimization'?"]),
     ({"sparse_attention": {}}, ["sparse_attention", "remove it"]),
 ]
@@ -76,6 +75,42 @@ BAD_ZERO = [
     ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, ["zero_optimization.offload_optimizer", "not supported"]),
     ({"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/x"}}, ["zero_optimization.offload_param", "not supported"]),
     ({"stage": 2, "cpu_offload": True}, ["zero_optimization.cpu_offload"]),
+]
+# section, overrides of the YAML, what the message says
+BAD_ACTIVATION = [
+    (2, (), ["activation_checkpointing: is 2", "an object"]),
+    ({"polcy": "layer"}, (), ["activation_checkpointing.polcy", "did you mean 'policy'?"]),
+    ({"cpu_checkpoint": True}, (), ["activation_checkpointing.cpu_checkpoint:", "did you mean 'cpu_checkpointing'?"]),
+    ({"speed": 5}, (), ["activation_checkpointing.speed", "remove it"]),
+    ({"policy": "layers"}, (), ["activation_checkpointing.policy: 'layers'", "did you mean 'layer'?"]),
+    ({"policy": "auto"}, (), ["activation_checkpointing.policy: 'auto' is not one of none, bone, layer, bone+layer"]),
+    ({"every": 0}, (), ["activation_checkpointing.every: 0 is not a whole number"]),
+    ({"every": True}, (), ["activation_checkpointing.every: True is not a whole number"]),
+    ({"number_checkpoints": "4"}, (), ["activation_checkpointing.number_checkpoints: '4'"]),
+    ({"modules": []}, (), ["activation_checkpointing.modules: []"]),
+    ({"modules": "mlp"}, (), ["activation_checkpointing.modules: 'mlp' is not a list"]),
+    ({"modules": ["mlp", "mlp"]}, (), ["activation_checkpointing.modules: ['mlp', 'mlp']", "each once"]),
+    ({"cpu_checkpointing": "true"}, (), ["activation_checkpointing.cpu_checkpointing: 'true' is not true or false"]),
+    ({"partition_activations": True}, (), ["activation_checkpointing.partition_activations", "tensor-parallel", "remove it"]),
+    ({"contiguous_memory_optimization": True}, (), ["activation_checkpointing.contiguous_memory_optimization", "remove it"]),
+    ({"synchronize_checkpoint_boundary": True}, (), ["activation_checkpointing.synchronize_checkpoint_boundary", "remove it"]),
+    ({"profile": True}, (), ["activation_checkpointing.profile", "remove it"]),
+    ({"policy": "layer"}, ("train.activation_checkpointing=bone",),
+     ["activation_checkpointing.policy: 'layer' contradicts train.activation_checkpointing: 'bone'"]),
+    ({"every": 2}, ("train.recompute_every=3",), ["activation_checkpointing.every: 2 contradicts train.recompute_every: 3"]),
+    ({"modules": ["mlp"]}, ("train.recompute_modules=[self_attn]",),
+     ["activation_checkpointing.modules: ['mlp'] contradicts train.recompute_modules: ['self_attn']"]),
+    ({"cpu_checkpointing": True}, ("train.activation_checkpointing=none",),
+     ["activation_checkpointing.cpu_checkpointing: True has no meaning with train.activation_checkpointing: 'none'"]),
+    ({"number_checkpoints": 4}, ("train.activation_checkpointing=bone",),
+     ["activation_checkpointing.number_checkpoints: 4 has no meaning with train.activation_checkpointing: 'bone'"]),
+    ({"policy": "none"}, ("train.recompute_every=2",),
+     ["train.recompute_every: 2 has no meaning with", "activation_checkpointing.policy: 'none'"]),
+    ({"policy": "bone", "every": 2}, (), ["activation_checkpointing.every: 2 has no meaning with", "policy: 'bone'"]),
+    ({"number_checkpoints": 4}, ("train.recompute_every=2",),
+     ["activation_checkpointing.number_checkpoints: 4 and train.recompute_every: 2", "remove one"]),
+    ({"policy": "bone+layer"}, ("adapter.method=lora",),
+     ["activation_checkpointing.policy: 'bone+layer' needs adapter.method: bone", "'lora'"]),
 ]
 NO_JSON = [
     ("", ["no JSON", "line 1"]),
@@ -98,6 +133,51 @@ def test_refused(refuse, given, says):
     message = refuse(given)
     assert "ds.json: " in message
     assert all(part in message for part in says), message
+
+
+@pytest.mark.parametrize("section, overrides, says", BAD_ACTIVATION, ids=lambda value: str(value)[:60])
+def test_activation_checkpointing_refused(refuse, section, overrides, says):
+    message = refuse(ZERO | {"activation_checkpointing": section}, *overrides)
+    assert "ds.json: " in message and all(part in message for part in says), message
+
+
+OFF = {"partition_activations": False, "contiguous_memory_optimization": False, "cpu_checkpointing": False, "number_checkpoints": None,
+       "synchronize_checkpoint_boundary": False, "profile": False}
+WHOLE_LAYERS = {"policy": "layer", "every": 1, "modules": None, "number_checkpoints": None, "cpu_checkpointing": False}
+
+
+@pytest.mark.parametrize("section, train, resolved", [
+    (None, {}, {"policy": "none"}),
+    (OFF, {}, {"policy": "none"}),
+    (OFF, {"activation_checkpointing": "layer"}, WHOLE_LAYERS),
+    (None, {"activation_checkpointing": "bone"}, {"policy": "bone", "cpu_checkpointing": False}),
+    (None, {"recompute_every": 3}, WHOLE_LAYERS | {"every": 3}),
+    ({"policy": "layer"}, {"recompute_modules": ["mlp"]}, WHOLE_LAYERS | {"modules": ["mlp"]}),
+    (OFF | {"cpu_checkpointing": True}, {}, WHOLE_LAYERS | {"cpu_checkpointing": True}),
+    (OFF | {"cpu_checkpointing": True}, {"activation_checkpointing": "bone"}, {"policy": "bone", "cpu_checkpointing": True}),
+    ({"number_checkpoints": 8}, {}, WHOLE_LAYERS | {"every": None, "number_checkpoints": 8}),
+    ({"number_checkpoints": 8}, {"activation_checkpointing": "bone+layer"},
+     WHOLE_LAYERS | {"policy": "bone+layer", "every": None, "number_checkpoints": 8}),
+    ({"policy": "bone+layer", "every": 2}, {"activation_checkpointing": "bone+layer", "recompute_every": 2},
+     WHOLE_LAYERS | {"policy": "bone+layer", "every": 2}),
+    ({"policy": "none"}, {}, {"policy": "none"}),
+], ids=lambda value: str(value)[:60])
+def test_activation_checkpointing_follows_from_both_files(tmp_path, section, train, resolved):
+    def resolve(given):
+        (tmp_path / "ds.json").write_text(json.dumps(given))
+        return ds_json.resolve(run_config(deepspeed={"config": str(tmp_path / "ds.json")}, train=train), world_size=1)
+
+    once = resolve(ZERO | ({} if section is None else {"activation_checkpointing": section}))
+    assert once["activation_checkpointing"] == resolved
+    assert ds_json.activation_policy(once).section() == resolved
+    assert resolve(once) == once
+
+
+def test_every_activation_field_of_deepspeed_is_taken_or_refused_with_its_reason():
+    from deepspeed.runtime.activation_checkpointing.config import ACT_CHKPT_DEFAULT
+
+    ours = {"policy", "every", "modules"}
+    assert set(ACT_CHKPT_DEFAULT) == activation_policy._CHECKS.keys() - ours | activation_policy._REFUSED.keys()
 
 
 @pytest.mark.parametrize("name, says", [

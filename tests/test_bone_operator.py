@@ -21,11 +21,13 @@ from bone_ds.bone import (
     fits,
     largest_common_block,
     resolve,
+    strategies,
 )
 from bone_ds.errors import InjectionError
+from bone_ds.live import LiveMemory
 
 PAIRS = [(grouping, strategy) for strategy, products in STRATEGIES.items() for grouping in products]
-CUSTOM = [("row", "factored"), ("row", "fused"), ("col", "fused")]
+CUSTOM = [("row", "factored"), ("left", "factored"), ("row", "fused"), ("col", "fused")]
 # (out, in, r): square, tall, wide, smallest block, one block, both.
 SIZES = [(24, 24, 8), (40, 16, 8), (16, 40, 8), (5, 7, 1), (24, 8, 8), (6, 6, 6), (1, 1, 1)]
 
@@ -102,7 +104,7 @@ def test_adapted_weight_block_by_block(grouping):
         for b in range(in_features // r):
             here = slice(a * r, a * r + r), slice(b * r, b * r + r)
             own = B[b if grouping == "row" else a]
-            expected[here] = W[here] + W[here] @ own + own
+            expected[here] = W[here] + (own @ W[here] if grouping == "left" else W[here] @ own) + own
     assert_same([adapted_weight(W, B, grouping)], [expected])
 
 
@@ -193,9 +195,11 @@ def test_unwanted_gradients_cost_no_products(pair):
         with FlopCounterMode(display=False) as counter:
             resolve(strategy, grouping)(x, W, B).sum().backward()
         flops[tuple("x" if w is x else "B" for w in wanted)] = counter.get_total_flops()
-    big, thin = 2 * 1000 * 128 * 64, 2 * 1000 * 64 * 32
+    big, thin = 2 * 1000 * 128 * 64, 2 * 1000 * (128 if grouping == "left" else 64) * 32
     if strategy == "factored":
-        assert flops == {("x", "B"): 2 * big + 3 * thin, ("x",): 2 * big + 2 * thin, ("B",): 2 * big + 2 * thin}
+        # row needs W^T g for dB too, left does not.
+        for_B = (1 if grouping == "left" else 2) * big + 2 * thin
+        assert flops == {("x", "B"): 2 * big + 3 * thin, ("x",): 2 * big + 2 * thin, ("B",): for_B}
     else:
         build = 2 * 128 * 64 * 32
         assert flops == {("x", "B"): 3 * big + 3 * build, ("x",): 2 * big + 2 * build, ("B",): 2 * big + 2 * build}
@@ -313,7 +317,12 @@ def test_keeps_only_its_operands(pair):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         resolve(strategy, grouping)(x, W, B, torch.randn(12, dtype=x.dtype))
-    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (x, W, B)} and len(kept) == 3
+    assert kept[1] is W and kept[2] is B and len(kept) == 3
+    if grouping == "left":
+        wanted = F.linear(x, W).unflatten(-1, (-1, 4)) + x.unflatten(-1, (-1, 4)).sum(-2, keepdim=True)
+        assert_same([kept[0]], [wanted.flatten(0, 1).transpose(0, 1)])
+    else:
+        assert kept[0].data_ptr() == x.data_ptr()
     product = resolve(strategy, grouping)(x, W, B).grad_fn.next_functions[0][0]
     assert product.saved_tensors[1] is W and product.saved_tensors[2] is B
 
@@ -331,7 +340,7 @@ def test_what_the_papers_forms_keep(grouping, strategy, kept_weights):
     assert max(storages.values()) <= W.nbytes
 
 
-@pytest.mark.parametrize("pair", CUSTOM + [("row", "checkpointed"), ("col", "checkpointed")], ids="-".join)
+@pytest.mark.parametrize("pair", CUSTOM + [(grouping, "checkpointed") for grouping in GROUPINGS], ids="-".join)
 def test_parameters_freed_after_forward_and_gathered_elsewhere(pair):
     """What ZeRO-3 does to partitioned parameters."""
     grouping, strategy = pair
@@ -348,24 +357,55 @@ def test_parameters_freed_after_forward_and_gathered_elsewhere(pair):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_factored_builds_nothing_of_the_weights_size(dtype):
-    x, W, B = operands("row", 256, 192, 32, lead=(8,), dtype=dtype)
+@pytest.mark.parametrize("grouping", STRATEGIES["factored"])
+def test_factored_builds_nothing_of_the_weights_size(grouping, dtype):
+    x, W, B = operands(grouping, 256, 192, 32, lead=(8,), dtype=dtype)
     with Allocations() as allocations:
-        resolve("factored", "row")(x, W, B).sum().backward()
+        resolve("factored", grouping)(x, W, B).sum().backward()
     assert max(allocations.numels) == B.numel() < W.numel() / 4
 
 
-@pytest.mark.parametrize("grouping", GROUPINGS)
-def test_fused_bounds_what_it_builds(grouping):
-    x, W, B = operands(grouping, 256, 192, 16, lead=(8,))
+def test_fused_row_builds_a_few_weights():
+    x, W, B = operands("row", 256, 192, 16, lead=(8,))
     with Allocations() as allocations:
-        y = resolve("fused", grouping)(x, W, B)
+        y = resolve("fused", "row")(x, W, B)
     assert sum(numel >= W.numel() for numel in allocations.numels) == 1
     with Allocations() as allocations:
         y.sum().backward()
-    # W' for dx, then for dB the gradient of W' and, where its blocks lie apart in memory, a copy of W.
-    assert sum(numel >= W.numel() for numel in allocations.numels) == (3 if grouping == "row" else 2)
+    # W' for dx, then for dB the gradient of W' and, since the blocks of a matrix lie apart in memory, a copy of W.
+    assert sum(numel >= W.numel() for numel in allocations.numels) == 3
     assert max(allocations.numels) == W.numel()
+
+
+@pytest.mark.parametrize("blocks_of_inputs, blocks_of_outputs", [(1, 1), (2, 3), (5, 4), (100, 100)])
+def test_fused_col_in_slabs(monkeypatch, blocks_of_inputs, blocks_of_outputs):
+    """Slabs of one block, some with a smaller last one, and of the whole weight give the same; only they are built."""
+    out_features, in_features, r = 80, 112, 16
+    x, W, B = operands("col", out_features, in_features, r)
+    expected = with_gradients(bone_linear(x, W, B, "col"), (x, B))
+    sizes = {1: blocks_of_inputs * r * out_features, 0: blocks_of_outputs * r * in_features}
+    monkeypatch.setattr(strategies._FusedCol, "slab_size", lambda self, W, dim, r: min(sizes[dim] // W.shape[1 - dim], W.shape[dim]))
+    with Allocations() as allocations:
+        actual = with_gradients(resolve("fused", "col")(x, W, B), (x, B))
+    assert_same(actual, expected)
+    assert max(allocations.numels) <= max(x.numel(), actual[0].numel(), B.numel(), min(max(sizes.values()), W.numel()))
+
+
+@pytest.mark.parametrize("bytes_at_most", [1, 3000, 5000, 2**25])
+def test_fused_col_bounds_what_it_builds(monkeypatch, bytes_at_most):
+    monkeypatch.setattr(strategies, "SLAB_BYTES", bytes_at_most)
+    x, W, B = operands("col", 256, 192, 8, lead=(2,), dtype=torch.bfloat16)
+    slab_bytes = min(max(bytes_at_most, 2 * 256 * 8), W.nbytes)
+    with LiveMemory() as live:
+        live.claim("given", (x, W, B))
+        given_bytes = live.total_bytes
+        y = resolve("fused", "col")(x, W, B)
+        forward_bytes = live.peak_bytes - given_bytes
+        live.reset_peak()
+        y.sum().backward()
+    small_bytes = 4 * (x.nbytes + y.nbytes)
+    assert forward_bytes <= slab_bytes + small_bytes
+    assert live.peak_bytes - given_bytes <= 2 * slab_bytes + B.nbytes + small_bytes
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
@@ -395,12 +435,15 @@ def test_unknown_names():
         resolve("factored", "col")
     with pytest.raises(InjectionError, match="'fast'.*factored"):
         resolve("fast", "row")
-    with pytest.raises(InjectionError, match="'left'.*row, col"):
-        resolve("auto", "left")
+    with pytest.raises(InjectionError, match="'fused'.*'left'.*materialized, checkpointed, factored, auto"):
+        resolve("fused", "left")
+    with pytest.raises(InjectionError, match="'right'.*row, col, left"):
+        resolve("auto", "right")
 
 
 def test_auto_is_the_cheapest():
     assert resolve("auto", "row") is resolve("factored", "row")
+    assert resolve("auto", "left") is resolve("factored", "left")
     assert resolve("auto", "col") is resolve("fused", "col")
 
 

@@ -46,6 +46,9 @@ def test_long_texts_are_split_unless_the_config_says_otherwise(smallest, overrid
     ("data.fields={query: question}", "data", "fields", {"query": "question"}),
     ("data.packing=no", "data", "packing", False),
     ("adapter.targets=q_proj", "adapter", "targets", ("q_proj",)),
+    ("train.recompute_modules=[mlp, self_attn]", "train", "recompute_modules", ("mlp", "self_attn")),
+    ("train.activation_checkpointing=bone+layer", "train", "activation_checkpointing", "bone+layer"),
+    ("adapter.parameters=33030144", "adapter", "parameters", 33_030_144),
     ("adapter.layers=[0, 2]", "adapter", "layers", (0, 2)),
     ("adapter.targets=null", "adapter", "targets", None),
     ("output.directory=a=b", "output", "directory", "a=b"),
@@ -63,7 +66,7 @@ def test_the_last_override_wins_and_a_commented_out_section_has_the_defaults(tmp
 
 @pytest.mark.parametrize("adapter", [
     "{}", "{method: lora, rank: 8}", "{method: lora, rank: 8, alpha: 16}", "{grouping: col, strategy: checkpointed, rank: 16}",
-    "{targets: [q_proj, v_proj], layers: [1, 3]}"])
+    "{targets: [q_proj, v_proj], layers: [1, 3]}", "{parameters: 1000}", "{parameters: 1000, rank: 4}"])
 def test_dumped_yaml_reads_back_to_an_equal_config(tmp_path, adapter):
     path = tmp_path / "run.yaml"
     path.write_text(SMALLEST + f"adapter: {adapter}\ntrain: {{learning_rate: 3e-5, epochs: 2}}\n")
@@ -71,6 +74,7 @@ def test_dumped_yaml_reads_back_to_an_equal_config(tmp_path, adapter):
     again = tmp_path / "again.yaml"
     again.write_text(dump_yaml(config), encoding="utf-8")
     assert load_config(again) == config
+    assert load_config(again).adapter.has_rank == config.adapter.has_rank
 
 
 def test_the_shown_fields_with_the_required_ones_filled_in_are_the_defaults(smallest, tmp_path, capsys):

@@ -250,8 +250,8 @@ def test_a_base_that_is_not_there(refuse, tmp_path):
 
 
 @pytest.mark.parametrize("adapter, says", [
-    ({"rank": 8, "grouping": "col"}, "bone with grouping col"), ({"method": "lora", "rank": 4}, "rwkv adapter, lora"),
-    ({"method": "full"}, "rwkv adapter, full")], ids=str)
+    ({"rank": 8, "grouping": "col"}, "bone with grouping col"), ({"rank": 8, "grouping": "left"}, "bone with grouping left"),
+    ({"method": "lora", "rank": 4}, "rwkv adapter, lora"), ({"method": "full"}, "rwkv adapter, full")], ids=str)
 def test_adapters_that_have_no_such_form(refuse, base, tmp_path, adapter, says):
     random_adapter(base, tmp_path / "ours.safetensors", **adapter)
     message = refuse("export", "--to", "rwkv-peft", str(tmp_path / "ours.safetensors"))

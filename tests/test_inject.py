@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bone_ds.config import AdapterConfig
 from bone_ds.errors import InjectionError
-from bone_ds.inject import inject
+from bone_ds.inject import inject, with_rank
 from llama_adapters import ARCHITECTURE
 
 
@@ -32,6 +32,7 @@ def adapt(model: nn.Module, **adapter) -> dict[str, nn.Parameter]:
     ({"grouping": "col", "rank": 64}, 87_031_808),
     ({"grouping": "col", "rank": 128}, 174_063_616),
     ({"grouping": "row", "rank": 64}, 72_876_032),
+    ({"grouping": "left", "rank": 64}, 87_031_808),
     ({"method": "lora", "rank": 36}, 89_948_160),
 ], ids=str)
 def test_trainable_parameters_of_llama2_7b(adapter, parameters):
@@ -86,3 +87,42 @@ def test_refused_and_named(model, adapter, says):
         adapt(model, **adapter)
     message = str(caught.value)
     assert message.count("\n") < 2 and all(part in message for part in says), message
+
+
+@pytest.mark.parametrize("adapter, parameters, rank", [
+    ({"method": "lora"}, 89_948_160, 36),
+    ({"method": "lora"}, 89_948_159, 35),
+    ({"method": "lora", "targets": ("q_proj",), "layers": (3, 4)}, 8192, 1),
+    ({"grouping": "row"}, 89_948_160, 64),
+    ({"grouping": "row"}, 72_876_031, 32),
+    ({"grouping": "col"}, 89_948_160, 64),
+    ({"grouping": "col"}, 174_063_616, 128),
+    ({"grouping": "left"}, 87_031_808, 64),
+    ({"grouping": "row", "targets": ("q_proj", "down_proj"), "layers": (0, 1)}, 10**12, 256),
+], ids=str)
+def test_the_largest_rank_within_a_budget_on_llama2_7b(adapter, parameters, rank):
+    asked = AdapterConfig(parameters=parameters, **adapter)
+    model = llama2_7b()
+    chosen = with_rank(model, ARCHITECTURE, asked)
+    assert not asked.has_rank and chosen.has_rank and chosen.rank == rank
+    assert with_rank(model, ARCHITECTURE, chosen) == chosen
+    trained, of_chosen = ({name: parameter.shape for name, parameter in inject(model, ARCHITECTURE, given).items()}
+                          for model, given in ((model, asked), (llama2_7b(), chosen)))
+    assert trained == of_chosen and sum(shape.numel() for shape in trained.values()) <= parameters
+
+
+def test_without_a_budget_the_rank_stays():
+    adapter = AdapterConfig(rank=7)
+    assert with_rank(tiny(), ARCHITECTURE, adapter) is adapter
+
+
+@pytest.mark.parametrize("adapter, says", [
+    ({"parameters": 100, "targets": ("q_proj", "k_proj")}, ["adapter.parameters: 100 are too few", "rank 1 trains 128"]),
+    ({"parameters": 319, "targets": ("q_proj", "down_proj"), "method": "lora"}, ["adapter.parameters: 319", "rank 1 trains 320"]),
+    ({"parameters": 2048, "rank": 2}, ["adapter.rank: 2", "adapter.parameters: 2048, which choose 4"]),
+    ({"parameters": 2048, "targets": ("qproj",)}, ["did you mean 'q_proj'?"]),
+])
+def test_a_budget_that_no_rank_fits_is_refused(adapter, says):
+    with pytest.raises(InjectionError) as caught:
+        with_rank(tiny(), ARCHITECTURE, AdapterConfig(**adapter))
+    assert all(part in str(caught.value) for part in says), caught.value

@@ -6,7 +6,7 @@ import torch
 
 from bone_ds.config import AdapterConfig
 from bone_ds.errors import InjectionError
-from bone_ds.inject import check, inject
+from bone_ds.inject import check, inject, with_rank
 from rwkv_adapters import ARCHITECTURE
 from rwkv_adapters.model import Rwkv6, Sizes
 
@@ -36,7 +36,14 @@ def test_parameters_at_the_official_sizes(size, expected, adapter):
     assert sum(parameter.numel() for parameter in trained(official(*size), **adapter).values()) == expected
 
 
-@pytest.mark.parametrize("grouping", ["row", "col"])
+@pytest.mark.parametrize(("adapter", "rank"), [
+    ({}, 64), ({"grouping": "col"}, 64), ({"grouping": "left"}, 64), ({"method": "lora"}, 32)], ids=str)
+def test_the_largest_rank_within_a_budget(adapter, rank):
+    asked = AdapterConfig(parameters=33_030_144, **adapter)
+    assert with_rank(official(24, 2048, 7168), ARCHITECTURE, asked).rank == rank
+
+
+@pytest.mark.parametrize("grouping", ["row", "col", "left"])
 def test_every_projection_of_every_layer_by_default(grouping):
     names = trained(tiny(), rank=8, grouping=grouping)
     assert set(names) == {f"blocks.{layer}.{target}.bone" for layer in range(3) for target in ARCHITECTURE.targets}

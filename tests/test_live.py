@@ -90,6 +90,8 @@ def test_history_holds_every_change():
         del b, a
     assert [moment.total_bytes // KB for moment in history] == [3, 4, 3, 0]
     assert history[1].by_component == {"weights": 3 * KB, OTHER: KB}
+    first, second = history[0].storage, history[1].storage
+    assert [moment.storage for moment in history] == [first, second, second, first]
     assert all(before.time_s <= after.time_s for before, after in zip(history, history[1:]))
 
 

@@ -18,6 +18,7 @@ BASES = {"single": {}, "sharded": {"max_shard_size": "20KB"}, "tied": {"tie_word
 ADAPTERS = {
     "row": {"grouping": "row", "rank": 8},
     "col": {"grouping": "col", "rank": 16},
+    "left": {"grouping": "left", "rank": 16},
     "some layers and targets": {"rank": 8, "targets": ["k_proj", "down_proj"], "layers": [1, 2]},
     "lora": {"method": "lora", "rank": 4},
     "lora with alpha": {"method": "lora", "rank": 4, "alpha": 10.0},

@@ -22,6 +22,7 @@ TOKENS = [5, 17, 3, 88, 41, 2, 2, 60, 33]
 ADAPTERS = {
     "row": {"rank": 8},
     "col": {"grouping": "col", "rank": 4},
+    "left": {"grouping": "left", "rank": 8},
     "some layers and targets": {"rank": 8, "targets": ["att.key", "ffn.value"], "layers": [1, 2]},
     "lora": {"method": "lora", "rank": 4, "alpha": 10.0},
     "full": {"method": "full"},

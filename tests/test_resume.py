@@ -16,10 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from zero_runs import MOVES, PAUSE, STAGES, WORLD_SIZES
 
-from bone_ds import checkpoint
+from bone_ds import adapter_file, checkpoint
+from bone_ds.config import load_config
 from bone_ds.errors import CheckpointError
 
 TIMEOUT_S = 600
+PARAMETERS = 5022
+"""What an adapter of tiny.RANK trains of the tiny model."""
 
 
 @pytest.fixture(scope="module")
@@ -208,10 +211,17 @@ def command(tmp_path_factory):
     model, rows = tiny.write_model(base / "model"), tiny.write_rows(base / "rows.jsonl")
     tree = tiny.config_tree(model, rows, base / "run", train={"steps": 5, "save_every": 1, "keep_checkpoints": 3, "schedule": "cosine"},
                             deepspeed={"config": "zero2"})
+    tree["adapter"] = {"parameters": PARAMETERS + 1}
     config = base / "config.yaml"
     config.write_text(yaml.safe_dump(tree))
     printed = launched(["bone_ds"], "train", config, "--ranks", 2)
     return SimpleNamespace(config=config, run=base / "run", printed=printed)
+
+
+def test_the_rank_chosen_for_a_budget_is_written_wherever_a_rank_is(command):
+    header, tensors = adapter_file.read(command.run / "adapter.safetensors")
+    assert header.rank == load_config(command.run / "config.yaml").adapter.rank == tiny.RANK
+    assert sum(tensor.numel() for tensor in tensors.values()) == PARAMETERS
 
 
 def test_the_latest_checkpoints_stay(command):

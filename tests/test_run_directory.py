@@ -32,3 +32,15 @@ def test_what_would_make_it_another_run_is_refused(run, section, field, value):
     ("train", "activation_checkpointing", "layer"), ("deepspeed", "config", "zero3")])
 def test_what_leaves_it_the_same_run_is_accepted(run, section, field, value):
     run.check(config_of(run.path, **{section: {field: value}}), resume=True)
+
+
+def test_a_budget_of_parameters_stands_for_the_rank_that_it_chose(run):
+    asked = config_of(run.path, adapter={"parameters": 33_030_144})
+    chosen = asked.model_copy(update={"adapter": asked.adapter.model_copy(update={"rank": 32})})
+    (run.path / "config.yaml").write_text(dump_yaml(chosen), encoding="utf-8")
+    for same in (asked, chosen):
+        run.check(same, resume=True)
+    with pytest.raises(ConfigError, match="--resume: adapter.parameters: 5 differs"):
+        run.check(config_of(run.path, adapter={"parameters": 5}), resume=True)
+    with pytest.raises(ConfigError, match="--resume: adapter.rank: 16 differs"):
+        run.check(config_of(run.path, adapter={"parameters": 33_030_144, "rank": 16}), resume=True)

@@ -8,6 +8,7 @@ import torch
 from test_data_order import samples_of
 
 from bone_ds import activation
+from bone_ds.activation_policy import ActivationPolicy
 from bone_ds.config import AdapterConfig
 from bone_ds.data import collate, collate_chunks
 from bone_ds.engine import Engine
@@ -23,7 +24,7 @@ def adapted(path, policy="none"):
     torch.manual_seed(0)
     for parameter in trainable.values():
         torch.nn.init.normal_(parameter, std=0.05)
-    activation.apply(model, ARCHITECTURE, policy)
+    activation.apply(model, ARCHITECTURE, ActivationPolicy(policy, every=1))
     return Objective(model, ARCHITECTURE, loss_chunk=7), trainable
 
 

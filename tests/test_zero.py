@@ -65,6 +65,16 @@ def test_bone_col_built_and_recomputed(runs, stage):
     assert_equal_training(runs[f"built-{stage}", 2], runs["col-0", 1])
 
 
+@pytest.mark.parametrize("name", zero_runs.RECOMPUTED)
+def test_what_is_recomputed_under_zero3_is_equal_to_the_bit(runs, name):
+    kept, recomputed = runs[f"{name}-kept", 2], runs[f"{name}-recomputed", 2]
+    for figure in ("losses", "norms", "evaluations"):
+        assert recomputed[figure] == kept[figure]
+    assert recomputed["losses"][0] - recomputed["losses"][1] > 0.05
+    assert recomputed["gathered"] == 0
+    torch.testing.assert_close(load_file(recomputed["masters"]), load_file(kept["masters"]), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_lora(runs, stage):
     assert_equal_training(runs[f"lora-{stage}", 2], runs["lora-0", 1])

@@ -26,6 +26,12 @@ METHODS = {
     "chunks-of-samples": {"adapter": {"rank": 9}, "train": IN_CHUNKS | {"activation_checkpointing": "layer"}},
 }
 
+# Adapter and train sections: each is run with what it says of checkpointing and without.
+RECOMPUTED = {
+    "modules": ({"rank": 9}, {"recompute_modules": ["att", "ffn"]}),
+    "built": ({"rank": 9, "strategy": "materialized"}, {"activation_checkpointing": "bone+layer"}),
+}
+
 
 def _stages(name, world_size):
     if name == "row":
@@ -50,6 +56,11 @@ def runs(tmp_path_factory):
                 ds = {"config": str(zero3) if stage == 3 else f"zero{stage}"}
                 config = tiny.config_tree(model, rows, beside / f"{name}-{stage}", **{"train": SLOWLY} | sections, deepspeed=ds)
                 cases[f"{name}-{stage}"] = {"run": "train", "config": config}
+        for name, (adapter, policy) in RECOMPUTED.items() if world_size == 2 else ():
+            for how, train in (("kept", {}), ("recomputed", policy)):
+                config = tiny.config_tree(model, rows, beside / f"{name}-{how}", adapter=adapter, train=SLOWLY | {"steps": 2} | train,
+                                          deepspeed={"config": str(zero3)})
+                cases[f"{name}-{how}"] = {"run": "train", "config": config}
         outcomes |= {(name, world_size): outcome for name, outcome in ranks.run(cases, world_size, beside).items()}
     return outcomes
 
@@ -68,6 +79,16 @@ def test_every_stage_and_world_size_trains_alike(runs, name, stage, world_size):
         torch.testing.assert_close(load_file(run["masters"]), load_file(reference["masters"]), rtol=0, atol=1e-4)
     if stage == 3 and name != "full":
         assert run["gathered"] == 0, "frozen weights were whole after a step"
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_what_is_recomputed_under_zero3_is_equal_to_the_bit(runs, name):
+    kept, recomputed = runs[f"{name}-kept", 2], runs[f"{name}-recomputed", 2]
+    for figure in ("losses", "norms", "evaluations"):
+        assert recomputed[figure] == kept[figure]
+    assert recomputed["losses"][0] - recomputed["losses"][1] > 0.05
+    assert recomputed["gathered"] == 0
+    torch.testing.assert_close(load_file(recomputed["masters"]), load_file(kept["masters"]), rtol=0, atol=0)
 
 
 def test_l2wrap_changes_the_gradient_alone(runs):

@@ -13,6 +13,15 @@ COL = {"grouping": "col"}
 MATERIALIZED = {"grouping": "col", "strategy": "materialized"}
 FULL = {"method": "full"}
 LORA = {"method": "lora", "rank": 3, "alpha": 30.0}
+# Adapter and train sections, by name: each is run with what it says of checkpointing and without.
+RECOMPUTED = {
+    "row": ({}, {"recompute_every": 2}),
+    "modules": (COL, {"recompute_modules": ["self_attn", "mlp"]}),
+    "left": ({"grouping": "left"}, {"activation_checkpointing": "bone+layer"}),
+    "built": (MATERIALIZED, {"activation_checkpointing": "bone+layer"}),
+    "lora": (LORA, {"activation_checkpointing": "layer"}),
+    "full": (FULL, {"activation_checkpointing": "layer"}),
+}
 PAUSE = "step-00000003"
 # From run to run: a checkpoint of two ranks is read on one and on two, at the same stage and at others.
 MOVES = {
@@ -52,7 +61,7 @@ def _cases(directory: Path, world_size: int) -> dict[str, dict]:
         tiny.write_model_with(directory / "spoilt", model, "model.layers.1.mlp.up_proj.weight", float("nan"))
 
     def tree(name: str, stage: int, **sections: dict) -> dict:
-        releases = stage == 3 and name in ("row-3-fp32", "row-3-fp32-resumed", "col-3", "idle-3")
+        releases = stage == 3 and name.endswith(("row-3-fp32", "row-3-fp32-resumed", "col-3", "idle-3", "-kept", "-recomputed"))
         config = str(zero3) if releases else f"zero{stage}"
         return tiny.config_tree(model, rows, directory / f"world-{world_size}" / name, deepspeed={"config": config}, **sections)
 
@@ -83,6 +92,9 @@ def _cases(directory: Path, world_size: int) -> dict[str, dict]:
     for stage in (2, 3) if world_size == 2 else (0,):
         cases |= case(f"built-{stage}", stage, adapter=MATERIALIZED, train=few | {"activation_checkpointing": "bone"})
         cases |= case(f"lora-{stage}", stage, adapter=LORA, train=few)
+    for name, (adapter, policy) in RECOMPUTED.items() if world_size == 2 else ():
+        for how, train in (("kept", {}), ("recomputed", policy)):
+            cases |= case(f"{name}-{how}", 3, adapter=adapter, train={"steps": 2} | train)
     for packing in (False, True):
         for micro_batch_size in (1, 8 // world_size):
             for stage in (0, 3):

@@ -23,8 +23,8 @@ class Grouping:
     """(out, in, r) -> whether the layer can be cut this way."""
     over_blocks: Callable[[Tensor], Tensor]
     """B (G, r, r) -> a view that broadcasts to (out/r, in/r, r, r): the matrix of each block."""
-    by_matrix: Callable[[Tensor], Tensor]
-    """Blocks (out/r, r, in/r, r) -> a view (G, s, r, t, r): for each matrix the s x t grid of blocks that share it."""
+    product: Callable[[Tensor, Tensor], Tensor] = lambda block, B: block @ B
+    """A block (..., r, r) and its matrix -> their product; the matrix stands on the block's right but for `left`."""
 
 
 def _cuts_both_sides(out_features: int, in_features: int, r: int) -> bool:
@@ -37,14 +37,19 @@ GROUPINGS = {
         shape=lambda out_features, in_features, r: (in_features // r, r, r),
         fits=_cuts_both_sides,
         over_blocks=lambda B: B[None],
-        by_matrix=lambda blocks: blocks.permute(2, 0, 1, 3).unsqueeze(3),
     ),
     # W'_ab = W_ab + W_ab B_a + B_a: one matrix per block of outputs, shared along the row of blocks.
     "col": Grouping(
         shape=lambda out_features, in_features, r: (out_features // r, r, r),
         fits=_cuts_both_sides,
         over_blocks=lambda B: B[:, None],
-        by_matrix=lambda blocks: blocks.unsqueeze(1),
+    ),
+    # W'_ab = W_ab + B_a W_ab + B_a: col's sharing from the other side. Not the paper's.
+    "left": Grouping(
+        shape=lambda out_features, in_features, r: (out_features // r, r, r),
+        fits=_cuts_both_sides,
+        over_blocks=lambda B: B[:, None],
+        product=lambda block, B: B @ block,
     ),
 }
 

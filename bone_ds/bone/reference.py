@@ -11,12 +11,14 @@ from bone_ds.bone.grouping import named
 def adapted_weight(W: Tensor, B: Tensor, grouping: str) -> Tensor:
     """W (out, in), B (G, r, r) of the same dtype -> W' (out, in).
 
-    W'_ab = W_ab + W_ab B_g + B_g, g the block's matrix: paper eq. 7 and 10, whose difference is the grouping.
+    W'_ab = W_ab + W_ab B_g + B_g, g the block's matrix: paper eq. 7 and 10, whose difference is the grouping. In `left`, which
+    is not the paper's, B_g W_ab.
     """
     (out_features, in_features), r = W.shape, B.shape[-1]
     blocks = W.reshape(out_features // r, r, in_features // r, r).permute(0, 2, 1, 3)
-    bone = named(grouping).over_blocks(B)
-    delta = blocks @ bone + bone
+    how = named(grouping)
+    bone = how.over_blocks(B)
+    delta = how.product(blocks, bone) + bone
     return W + delta.permute(0, 2, 1, 3).reshape(out_features, in_features)
 
 

@@ -3,8 +3,8 @@
 Each is called as `(x, W, B, bias=None) -> y`, with x (..., in) of any leading dims, W (out, in) frozen, B (G, r, r),
 bias (out,); y is (..., out). `resolve` finds one by name.
 
-Suffixes: N rows of x, I in, O out, R the block size r, G matrices of B; _GMR is a weight seen as one (M, r) matrix for
-each matrix of B, M = out * in / (G r).
+Suffixes: N rows of x, I in, O out, S a part of in or out, R the block size r, G matrices of B; _GNR has one (N, r) block of x or y for
+each matrix of B, _GMR the (M, r) of a weight that each matrix acts on.
 """
 
 from __future__ import annotations
@@ -59,85 +59,212 @@ def _checkpointed(grouping: str, x: Tensor, W: Tensor, B: Tensor, bias: Tensor |
     return checkpoint(_materialized, grouping, x, W, B, bias, use_reentrant=False, preserve_rng_state=False)
 
 
+def _blocks(x_NI: Tensor, r: int) -> Tensor:
+    """(N, in) -> a view (in/r, N, r)."""
+    return x_NI.unflatten(1, (-1, r)).transpose(0, 1)
+
+
+def _in_blocks(W_OI: Tensor, r: int) -> Tensor:
+    """(out, in) -> a view (out/r, r, in/r, r)."""
+    return W_OI.unflatten(1, (-1, r)).unflatten(0, (-1, r))
+
+
+def _block_sum(x_NI: Tensor, r: int) -> Tensor:
+    """(N, in) -> (N, r), the sum of x's blocks."""
+    return x_NI.unflatten(1, (-1, r)).sum(1)
+
+
+def _operand(x_GNR: Tensor) -> Tensor:
+    """For a product by block: in bf16 on a CPU it takes three to eight times as long with strides, and a copy a third of it."""
+    return x_GNR.contiguous() if x_GNR.is_cpu else x_GNR
+
+
+def _operand_plus(h_GNR: Tensor, s_NR: Tensor) -> Tensor:
+    """h + s in memory of its own, to be an operand; on a CPU a copy and a sum in place are the faster way to a contiguous one."""
+    return h_GNR.clone(memory_format=torch.contiguous_format).add_(s_NR) if h_GNR.is_cpu else h_GNR + s_NR
+
+
 class _FactoredRow:
     """Bone-row through the input; nothing of the weight's size is ever built.
 
     z_b = B_b x_b, then y_a = sum_b W_ab (x_b + z_b) + sum_b z_b: right multiplication of W's blocks acts on x's blocks.
     """
 
-    def forward(self, x_NI: Tensor, W_OI: Tensor, B_GRR: Tensor, bias_O: Tensor | None) -> Tensor:
+    def forward(self, x_NI: Tensor, W_OI: Tensor, B_GRR: Tensor, bias_O: Tensor | None) -> tuple[Tensor, None]:
         r = B_GRR.shape[-1]
-        x_NGR = x_NI.unflatten(1, (-1, r))
-        z_GNR = torch.bmm(x_NGR.transpose(0, 1), B_GRR.transpose(1, 2))
+        x_GNR = _operand(_blocks(x_NI, r))
+        z_GNR = torch.bmm(x_GNR, B_GRR.transpose(1, 2))
         # The big product is added to the small terms, not they to it: y is rounded once.
         y_NO = z_GNR.sum(0).repeat(1, W_OI.shape[0] // r)
         if bias_O is not None:
             y_NO += bias_O
-        return torch.addmm(y_NO, (x_NGR + z_GNR.transpose(0, 1)).flatten(1), W_OI.t(), out=y_NO)
+        z_GNR += x_GNR
+        return torch.addmm(y_NO, z_GNR.transpose(0, 1).flatten(1), W_OI.t(), out=y_NO), None
 
     def backward(
         self, g_NO: Tensor, x_NI: Tensor, W_OI: Tensor, B_GRR: Tensor, need_dx: bool, need_dB: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """With h = W^T g and t_b = h_b + sum_a g_a: dB_b = t_b x_b^T and dx_b = h_b + B_b^T t_b."""
         r = B_GRR.shape[-1]
-        h_GNR = (g_NO @ W_OI).unflatten(1, (-1, r)).transpose(0, 1)
-        # Contiguous: the bf16 product for dB is three times slower on CPU otherwise.
-        t_GNR = (h_GNR + g_NO.unflatten(1, (-1, r)).sum(1)).contiguous()
-        dB_GRR = torch.bmm(t_GNR.transpose(1, 2), x_NI.unflatten(1, (-1, r)).transpose(0, 1)) if need_dB else None
-        dx_GNR = torch.baddbmm(h_GNR, t_GNR, B_GRR, out=h_GNR) if need_dx else None
-        return dx_GNR.transpose(0, 1).flatten(1) if need_dx else None, dB_GRR
+        h_NI = g_NO @ W_OI
+        h_GNR = _blocks(h_NI, r)
+        t_GNR = _operand_plus(h_GNR, _block_sum(g_NO, r))
+        dB_GRR = torch.bmm(t_GNR.transpose(1, 2), _operand(_blocks(x_NI, r))) if need_dB else None
+        if not need_dx:
+            return None, dB_GRR
+        torch.baddbmm(h_GNR, t_GNR, B_GRR, out=h_GNR)
+        return h_NI, dB_GRR
 
 
-class _Fused:
+class _FactoredLeft:
+    """Bone-left through the output, which it keeps in place of the input; nothing of the weight's size is ever built.
+
+    With h = W x and t_a = h_a + sum_b x_b: y_a = h_a + B_a t_a, left multiplication of W's blocks acts on the product's blocks.
+    """
+
+    def forward(self, x_NI: Tensor, W_OI: Tensor, B_GRR: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor]:
+        r = B_GRR.shape[-1]
+        h_NO = x_NI @ W_OI.t()
+        h_GNR = _blocks(h_NO, r)
+        t_GNR = _operand_plus(h_GNR, _block_sum(x_NI, r))
+        if bias_O is not None:
+            h_NO += bias_O
+        torch.baddbmm(h_GNR, t_GNR, B_GRR.transpose(1, 2), out=h_GNR)
+        return h_NO, t_GNR
+
+    def backward(
+        self, g_NO: Tensor, t_GNR: Tensor, W_OI: Tensor, B_GRR: Tensor, need_dx: bool, need_dB: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """With u_a = B_a^T g_a: dB_a = g_a t_a^T and dx = W^T (g + u) + sum_a u_a in every block."""
+        r = B_GRR.shape[-1]
+        g_GNR = _operand(_blocks(g_NO, r))
+        dB_GRR = torch.bmm(g_GNR.transpose(1, 2), t_GNR) if need_dB else None
+        if not need_dx:
+            return None, dB_GRR
+        u_GNR = torch.bmm(g_GNR, B_GRR)
+        dx_NI = u_GNR.sum(0).repeat(1, W_OI.shape[1] // r)
+        u_GNR += g_GNR
+        return torch.addmm(dx_NI, u_GNR.transpose(0, 1).flatten(1), W_OI, out=dx_NI), dB_GRR
+
+
+class _FusedRow:
     """Builds W' for the product and drops it; builds it again in backward, and then the weight's gradient."""
 
-    def __init__(self, grouping: str):
-        self.grouping = grouping
-
-    def grid(self, W_OI: Tensor, r: int) -> Tensor:
-        """(out, in) -> a view (G, s, r, t, r), see `Grouping.by_matrix`."""
-        return named(self.grouping).by_matrix(W_OI.unflatten(1, (-1, r)).unflatten(0, (-1, r)))
-
     def adapted(self, W_OI: Tensor, B_GRR: Tensor) -> Tensor:
-        """W'_ab = W_ab + W_ab B_g + B_g, paper eq. 7 and 10."""
+        """W'_ab = W_ab + W_ab B_b + B_b, paper eq. 10."""
         r = B_GRR.shape[-1]
         adapted_OI = torch.empty_like(W_OI, memory_format=torch.contiguous_format)
-        grid = self.grid(adapted_OI, r)
-        torch.bmm(self.grid(W_OI, r).flatten(1, 3), B_GRR, out=grid.flatten(1, 3))
-        grid += B_GRR[:, None, :, None]
+        torch.bmm(_blocks(W_OI, r), B_GRR, out=_blocks(adapted_OI, r))
+        _in_blocks(adapted_OI, r).add_(B_GRR.transpose(0, 1))
         adapted_OI += W_OI
         return adapted_OI
 
-    def forward(self, x_NI: Tensor, W_OI: Tensor, B_GRR: Tensor, bias_O: Tensor | None) -> Tensor:
-        return F.linear(x_NI, self.adapted(W_OI, B_GRR), bias_O)
+    def forward(self, x_NI: Tensor, W_OI: Tensor, B_GRR: Tensor, bias_O: Tensor | None) -> tuple[Tensor, None]:
+        return F.linear(x_NI, self.adapted(W_OI, B_GRR), bias_O), None
 
     def backward(
         self, g_NO: Tensor, x_NI: Tensor, W_OI: Tensor, B_GRR: Tensor, need_dx: bool, need_dB: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """dx = g W'. With D = g^T x the gradient of W': dB_g = sum of W_ab^T D_ab + D_ab over the blocks of g."""
+        """dx = g W'. With D = g^T x the gradient of W': dB_b = sum_a W_ab^T D_ab + D_ab."""
         dx_NI = g_NO @ self.adapted(W_OI, B_GRR) if need_dx else None
-        return dx_NI, self.bone_gradient(g_NO.t() @ x_NI, W_OI, B_GRR.shape[-1]) if need_dB else None
+        return dx_NI, self.dB(g_NO.t() @ x_NI, W_OI, B_GRR.shape[-1]) if need_dB else None
 
-    def bone_gradient(self, D_OI: Tensor, W_OI: Tensor, r: int) -> Tensor:
-        # Contiguous, for the reason given in _FactoredRow; for col it is so already.
-        W_GMR, D_GMR = self.grid(W_OI, r).flatten(1, 3).contiguous(), self.grid(D_OI, r).flatten(1, 3)
-        return torch.bmm(W_GMR.transpose(1, 2), D_GMR).add_(self.grid(D_OI, r).sum((1, 3)))
+    def dB(self, D_OI: Tensor, W_OI: Tensor, r: int) -> Tensor:
+        dB_GRR = torch.bmm(_operand(_blocks(W_OI, r)).transpose(1, 2), _blocks(D_OI, r))
+        return dB_GRR.add_(_in_blocks(D_OI, r).sum(0).transpose(0, 1))
+
+
+SLAB_BYTES = 2**25
+"""Of a weight, for col. On a CPU, products of such slabs take no longer than whole ones; half as large, those for dx take 8% longer."""
+
+
+class _FusedCol:
+    """Builds W' for the product, slab by slab, and drops it; again in backward, and then the weight's gradient.
+
+    Of the weight's size there are two slabs at a time at most, in memory that the next ones use again: memory that is new for each slab
+    costs a CPU as much as the building does.
+    """
+
+    def forward(self, x_NI: Tensor, W_OI: Tensor, B_GRR: Tensor, bias_O: Tensor | None) -> tuple[Tensor, None]:
+        r = B_GRR.shape[-1]
+        y_NO = x_NI.new_empty(len(x_NI), len(W_OI)) if bias_O is None else bias_O.repeat(len(x_NI), 1)
+        size = self.slab_size(W_OI, 0, r)
+        memory = _memory_like(W_OI[:size])
+        for W_SI, B_SRR, y_NS in zip(W_OI.split(size), B_GRR.split(size // r), y_NO.split(size, dim=1)):
+            built_SI = self.build(W_SI, B_SRR, memory)
+            torch.addmm(y_NS, x_NI, built_SI.t(), beta=0 if bias_O is None else 1, out=y_NS)
+        return y_NO, None
+
+    def backward(
+        self, g_NO: Tensor, x_NI: Tensor, W_OI: Tensor, B_GRR: Tensor, need_dx: bool, need_dB: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """dx = g W'. With D = g^T x the gradient of W': dB_a = sum_b W_ab^T D_ab + D_ab."""
+        dx_NI = self.dx(g_NO, W_OI, B_GRR) if need_dx else None
+        return dx_NI, self.dB(g_NO, x_NI, W_OI, B_GRR.shape[-1]) if need_dB else None
+
+    def dx(self, g_NO: Tensor, W_OI: Tensor, B_GRR: Tensor) -> Tensor:
+        """In slabs of inputs: those of outputs would have to be summed, and each sum rounded."""
+        dx_NI = g_NO.new_empty(len(g_NO), W_OI.shape[1])
+        size = self.slab_size(W_OI, 1, B_GRR.shape[-1])
+        memory, memory_of_copy = _memory_like(W_OI[:, :size]), None
+        for W_OS, dx_NS in zip(W_OI.split(size, dim=1), dx_NI.split(size, dim=1)):
+            if not W_OS.is_contiguous():
+                memory_of_copy = _memory_like(W_OS) if memory_of_copy is None else memory_of_copy
+                W_OS = _within(memory_of_copy, W_OS.shape).copy_(W_OS)
+            torch.mm(g_NO, self.build(W_OS, B_GRR, memory), out=dx_NS)
+        return dx_NI
+
+    def dB(self, g_NO: Tensor, x_NI: Tensor, W_OI: Tensor, r: int) -> Tensor:
+        dB_GRR = W_OI.new_empty(W_OI.shape[0] // r, r, r)
+        size = self.slab_size(W_OI, 0, r)
+        memory = _memory_like(W_OI[:size])
+        for W_SI, g_NS, dB_SRR in zip(W_OI.split(size), g_NO.split(size, dim=1), dB_GRR.split(size // r)):
+            D_SI = torch.mm(g_NS.t(), x_NI, out=_within(memory, W_SI.shape))
+            W_SMR, D_SMR = (part.reshape(len(dB_SRR), -1, r) for part in (W_SI, D_SI))
+            torch.bmm(W_SMR.transpose(1, 2), D_SMR, out=dB_SRR)
+            dB_SRR += _in_blocks(D_SI, r).sum(2)
+        return dB_GRR
+
+    def slab_size(self, W_OI: Tensor, dim: int, r: int) -> int:
+        """How much of a dimension is in a slab: blocks of r."""
+        block_bytes = r * W_OI.shape[1 - dim] * W_OI.element_size()
+        return min(r * max(1, SLAB_BYTES // block_bytes), W_OI.shape[dim])
+
+    def build(self, W_SI: Tensor, B_GRR: Tensor, memory: Tensor) -> Tensor:
+        """W'_ab = W_ab + W_ab B_a + B_a of the slab, paper eq. 7, in `memory`."""
+        r = B_GRR.shape[-1]
+        built_SI = _within(memory, W_SI.shape)
+        torch.add(_in_blocks(W_SI, r), B_GRR[:, :, None], out=_in_blocks(built_SI, r))
+        built_GMR = built_SI.view(len(B_GRR), -1, r)
+        torch.baddbmm(built_GMR, W_SI.reshape(built_GMR.shape), B_GRR, out=built_GMR)
+        return built_SI
+
+
+def _memory_like(slab: Tensor) -> Tensor:
+    return slab.new_empty(slab.numel())
+
+
+def _within(memory: Tensor, shape: torch.Size) -> Tensor:
+    """The beginning of flat memory as a tensor of the shape."""
+    return memory[:shape.numel()].view(shape)
 
 
 class _FrozenProduct(torch.autograd.Function):
     """Dtypes and autograd around a form: an object with `forward` and `backward` on matrices of one dtype.
 
-    It keeps x, W and B as they were given, the parameters themselves: ZeRO-3 frees a parameter's data after forward
-    and gathers it, into other storage, before backward; anything derived from it would keep the whole weight alive.
+    `forward` gives y and what `backward` gets in place of x, or None where that is x, kept as it was given since others may keep it
+    too. W and B are kept as they were given, the parameters themselves: ZeRO-3 frees a parameter's data after forward and
+    gathers it, into other storage, before backward; anything derived from it would keep the whole weight alive.
     """
 
     @staticmethod
     def forward(ctx, x_NI, W_OI, B_GRR, bias_O, form, dtype):
-        ctx.save_for_backward(x_NI, W_OI, B_GRR)
         ctx.form, ctx.dtype = form, dtype
         bias_O = None if bias_O is None else bias_O.to(dtype)
         with _autocast_off(x_NI):
-            return form.forward(x_NI.to(dtype), W_OI.to(dtype), B_GRR.to(dtype), bias_O)
+            y_NO, kept = form.forward(x_NI.to(dtype), W_OI.to(dtype), B_GRR.to(dtype), bias_O)
+        ctx.save_for_backward(x_NI if kept is None else kept, W_OI, B_GRR)
+        return y_NO
 
     @staticmethod
     @once_differentiable
@@ -146,8 +273,8 @@ class _FrozenProduct(torch.autograd.Function):
         dx_NI = dB_GRR = dbias_O = None
         with _autocast_off(g_NO):
             if need_dx or need_dB:
-                x_NI, W_OI, B_GRR = (saved.to(ctx.dtype) for saved in ctx.saved_tensors)
-                dx_NI, dB_GRR = ctx.form.backward(g_NO, x_NI, W_OI, B_GRR, need_dx, need_dB)
+                kept, W_OI, B_GRR = (saved.to(ctx.dtype) for saved in ctx.saved_tensors)
+                dx_NI, dB_GRR = ctx.form.backward(g_NO, kept, W_OI, B_GRR, need_dx, need_dB)
             if need_dbias:
                 dbias_O = g_NO.sum(0)
         return dx_NI, None, dB_GRR, dbias_O, None, None
@@ -159,7 +286,10 @@ def _autocast_off(x: Tensor) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def _by_form(form: _FactoredRow | _Fused, x: Tensor, W: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
+Form = _FactoredRow | _FactoredLeft | _FusedRow | _FusedCol
+
+
+def _by_form(form: Form, x: Tensor, W: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
     dtype = _product_dtype(x, W)
     # Not -1: it is ambiguous where there are no rows.
     x_NI = x.reshape(x.numel() // x.shape[-1], x.shape[-1])
@@ -170,8 +300,8 @@ def _by_form(form: _FactoredRow | _Fused, x: Tensor, W: Tensor, B: Tensor, bias:
 STRATEGIES: dict[str, dict[str, Product]] = {
     "materialized": {grouping: partial(_materialized, grouping) for grouping in GROUPINGS},
     "checkpointed": {grouping: partial(_checkpointed, grouping) for grouping in GROUPINGS},
-    "fused": {grouping: partial(_by_form, _Fused(grouping)) for grouping in GROUPINGS},
-    "factored": {"row": partial(_by_form, _FactoredRow())},
+    "fused": {"row": partial(_by_form, _FusedRow()), "col": partial(_by_form, _FusedCol())},
+    "factored": {"row": partial(_by_form, _FactoredRow()), "left": partial(_by_form, _FactoredLeft())},
 }
-STRATEGIES["auto"] = {"row": STRATEGIES["factored"]["row"], "col": STRATEGIES["fused"]["col"]}
+STRATEGIES["auto"] = STRATEGIES["factored"] | {"col": STRATEGIES["fused"]["col"]}
 """By strategy, then by grouping."""
