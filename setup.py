@@ -26,9 +26,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["bone_ds", "bone_ds.bone", "bone_ds.data", "bone_ds.demo", "bone_ds.engine", "bone_ds.formats", "llama_adapters",
-              "rwkv_adapters", "rwkv_adapters.wkv6", "ds_configs"],
+    packages=["bone_ds", "bone_ds.bone", "bone_ds.data", "bone_ds.demo", "bone_ds.engine", "bone_ds.formats", "bone_ds.plan",
+              "bone_ds.profile", "llama_adapters", "rwkv_adapters", "rwkv_adapters.wkv6", "ds_configs"],
     package_data={"ds_configs": ["*.json"], "bone_ds": ["recipes/*.yaml"], "bone_ds.bone": ["README.md"],
+                  "bone_ds.profile": ["page.html.jinja"],
                   "bone_ds.demo": ["*.pth", "MODEL_CARD.md"]},
     # The ranges that the test suite has run on.
     install_requires=[
@@ -43,9 +44,11 @@ setup(
         "rwkv>=0.8.32,<0.9",
         "pydantic>=2.14,<3",
         "PyYAML>=6.0.3,<7",
+        "matplotlib>=3.10,<4",
         # What those bring along anyway and the code names itself.
         "filelock>=3,<5",
         "huggingface_hub>=2.4,<3",
+        "jinja2>=3.1,<4",
         "numpy>=2.4,<3",
         "pyarrow>=26,<27",
     ],

@@ -73,12 +73,20 @@ class Architecture(Protocol):
     """Names of the linear modules adapted by default; every one that may be."""
     carries_state: bool
     """Whether a document can go on from a state: trained in chunks, generated in constant memory."""
+    kinds: Mapping[str, str]
+    """Names of a residual block's modules that mix tokens -> "attention", or channels -> "mlp"; its others are norms."""
 
     def recognises(self, path: str) -> bool:
         """Whether this directory, hub id or file holds a model of this architecture."""
 
     def open(self, model: ModelConfig) -> Source:
         """Finds, downloads or converts the model and checks it without reading its weights. Raises CheckpointError."""
+
+    def outline(self, model: ModelConfig) -> Source:
+        """As `open`, but where the weights are not there, from a config file alone or from the published sizes of a model of that name.
+
+        The source's fingerprint is empty then: it can be built, not loaded. Raises CheckpointError where nothing is known of it.
+        """
 
     def tokenizer(self, source: Source): ...
 
@@ -87,6 +95,9 @@ class Architecture(Protocol):
 
     def load(self, model: nn.Module, source: Source, placement: Placement) -> None:
         """Streams the weights into the model, one tensor at a time."""
+
+    def keep_as_on(self, model: nn.Module, device: str) -> None:
+        """Makes a model of fake CPU tensors keep for backward what it would on a "cuda" device; "cpu" changes nothing."""
 
     def layers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The residual blocks in order, with their module names."""

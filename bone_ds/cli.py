@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -82,7 +83,37 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a field of the file")
     train.add_argument("--ranks", type=int, help="local processes to start (default: all GPUs, or 1)")
     train.add_argument("--resume", action="store_true", help="continue the run in output.directory from its last checkpoint")
+    train.add_argument("--force", action="store_true", help="start even what the plan says will not fit into memory")
     train.set_defaults(run=_train)
+
+    plan = commands.add_parser("plan", help="memory, FLOPs, steps and disk of a run before it starts",
+                               description="Reads no weights and needs no device. A model or data that aren't there yet are assumed.")
+    plan.add_argument("config", help="YAML file; `bone-ds config` shows every field")
+    plan.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a field of the file")
+    plan.add_argument("--ranks", type=int, help="processes of the run (default: all GPUs, or 1)")
+    plan.add_argument("--device", choices=("cpu", "cuda"),
+                      help="of the run (default: cuda where there is a GPU or --device-memory, else cpu)")
+    plan.add_argument("--device-memory", metavar="SIZE", help="of one rank, such as 24GiB (default: what this machine has)")
+    plan.add_argument("--json", action="store_true", help="print it as JSON")
+    plan.set_defaults(run=_plan)
+
+    profile = commands.add_parser(
+        "profile", help="measure a step of a config: time by part, memory by component, beside the plan",
+        description="Trains a few steps that are thrown away, and writes a page with plots, the figures as JSON and CSV, and traces.")
+    profile.add_argument("config", help="YAML file; `bone-ds config` shows every field")
+    profile.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a field of the file")
+    profile.add_argument("--ranks", type=int, help="local processes to start (default: all GPUs, or 1)")
+    profile.add_argument("--steps", type=int, default=5, metavar="N", help="timed steps of a turn, default 5")
+    profile.add_argument("--compare", action="append", metavar="VARIANT", default=[],
+                         help='"NAME: section.key=value ...", the config with these changes, or a YAML file of such lines; many times')
+    profile.add_argument("--to", metavar="NAME", help="the variant that ratios refer to, default the first")
+    profile.add_argument("--turns", type=int, metavar="N", help="how often every variant is measured, default 2 in a comparison, else 1")
+    profile.add_argument("--out", type=Path, help="directory to be made, default NAME-profile after the config")
+    profile.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    profile.add_argument("--csv", type=Path, metavar="FILE", help="write the figures there too")
+    profile.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # where a rank that the command itself starts writes to
+    profile.add_argument("--timing-only", action="store_true", help=argparse.SUPPRESS)
+    profile.set_defaults(run=_profile)
 
     config = commands.add_parser("config", help="show every field of a config with its meaning and default")
     config.add_argument("config", nargs="?", help="a file to check and show as it would be used")
@@ -174,7 +205,7 @@ def _train(options: argparse.Namespace, given: list[str]) -> int:
         raise ConfigError(f"--ranks: {options.ranks}, but the launcher started {ranks.world_size}; leave it out under a launcher")
     from bone_ds.train import train
 
-    train(config, ranks, options.resume)
+    train(config, ranks, options.resume, options.force)
     return 0
 
 
@@ -192,6 +223,73 @@ def _check_paths(config: RunConfig) -> None:
     looks_like_a_path = model.startswith((".", "/", "~")) or model.endswith((".gguf", ".pth", ".safetensors")) or model.count("/") > 1
     if looks_like_a_path and not Path(model).expanduser().exists():
         raise CheckpointError(f"model.path: {model}: there is no such file or directory")
+
+
+def _profile(options: argparse.Namespace, given: list[str]) -> int:
+    ranks = launch.current()
+    if ranks:
+        return _profile_rank(options, ranks)
+    from bone_ds import ds_json
+    from bone_ds.profile.variants import variants
+
+    found = variants(options.config, options.overrides, options.compare)
+    out = options.out or Path(f"{Path(options.config).stem}-profile")
+    _check_profile(options, [variant.name for variant in found], out)
+    world_size = options.ranks or max(1, launch.count_gpus())
+    for variant in found:
+        _check_paths(variant.config)
+        ds_json.resolve(variant.config, world_size)
+    from bone_ds.profile import report
+
+    turns = options.turns or (2 if options.compare else 1)
+    request = report.Request(found, options.to or found[0].name, world_size, options.steps, turns, out)
+    return report.run(request, options.json, options.csv, lambda line: print(line, flush=True))
+
+
+def _profile_rank(options: argparse.Namespace, ranks: launch.Ranks) -> int:
+    """One rank that `bone-ds profile` has started."""
+    if not options.worker:
+        raise ConfigError("profile: starts its ranks itself, run it without a launcher and give --ranks")
+    from bone_ds.config import load_config
+    from bone_ds.profile import worker
+
+    return worker.measure(load_config(options.config), ranks, options.steps, not options.timing_only, options.worker)
+
+
+def _check_profile(options: argparse.Namespace, names: list[str], out: Path) -> None:
+    """What is wrong with the options, said before anything heavy is imported."""
+    for option in ("steps", "turns", "ranks"):
+        value = getattr(options, option)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{option}: {value} is too small, give 1 or more")
+    if options.to is not None and options.to not in names:
+        raise ConfigError(f"--to: {options.to!r} is no variant, choose one of {', '.join(names)}")
+    for option, path in (("out", out), ("json", options.json), ("csv", options.csv)):
+        if path is None:
+            continue
+        if path.exists():
+            raise ConfigError(f"--{option}: {path} exists already; name one to be made")
+        if not path.parent.is_dir():
+            raise ConfigError(f"--{option}: {path}: there is no directory {path.parent}")
+
+
+def _plan(options: argparse.Namespace, given: list[str]) -> int:
+    from bone_ds.config import load_config
+    from bone_ds.plan.process import parse_bytes
+
+    config = load_config(options.config, options.overrides)
+    if options.ranks is not None and options.ranks < 1:
+        raise ConfigError(f"--ranks: {options.ranks} is no number of ranks, give 1 or more")
+    capacity_bytes = options.device_memory and parse_bytes("--device-memory", options.device_memory)
+    gpus = launch.count_gpus()
+    world_size = options.ranks or max(1, gpus)
+    device = options.device or ("cuda" if gpus or capacity_bytes else "cpu")
+    from bone_ds import plan
+    from bone_ds.plan.process import capacity_bytes as capacity_here
+
+    planned = plan.plan(config, world_size, device, capacity_bytes or capacity_here(device, min(world_size, max(1, gpus or world_size))))
+    print(json.dumps(planned.as_dict(), indent=2) if options.json else plan.table(planned))
+    return 0
 
 
 def _config(options: argparse.Namespace, given: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -10,17 +11,18 @@ from pathlib import Path
 
 import torch
 
-from bone_ds import activation, adapter_file, arch, checkpoint, ds_json
+from bone_ds import activation, adapter_file, arch, checkpoint, ds_json, plan
 from bone_ds import engine as engines
 from bone_ds.arch import Architecture, Source
 from bone_ds.config import RunConfig
 from bone_ds.data import GlobalOrder, Samples, collate_chunks, deal, load_samples
 from bone_ds.engine import Engine
-from bone_ds.errors import CheckpointError, ConfigError, DataError
+from bone_ds.errors import BoneError, CheckpointError, ConfigError, DataError
 from bone_ds.evaluate import HeldOut
 from bone_ds.inject import check, inject, with_rank
 from bone_ds.launch import Ranks
 from bone_ds.objective import Objective
+from bone_ds.plan import Plan
 from bone_ds.progress import Progress, hold_log_lines, peak_memory_gib
 from bone_ds.run_directory import RunDirectory
 from bone_ds.step import learning_rate, optimizer_step
@@ -38,10 +40,11 @@ class RunResult:
     """After the last step; None without held-out data or with train.eval_every: 0."""
 
 
-def train(config: RunConfig, ranks: Ranks, resume: bool = False) -> RunResult:
+def train(config: RunConfig, ranks: Ranks, resume: bool = False, force: bool = False) -> RunResult:
     """Trains on this process's rank; every rank of the run calls it. Raises BoneError where the user can mend it.
 
-    Nothing is written before config, data, model and adapter have been found usable.
+    Nothing is written before config, data, model and adapter have been found usable, and the run to fit into memory; `force`
+    starts one that the plan says will not.
     """
     hold_log_lines()
     ds = ds_json.resolve(config, ranks.world_size)
@@ -63,6 +66,9 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False) -> RunResult:
         steps = config.train.steps or order.steps_in_epochs(config.train.epochs or 1)
         if config.train.warmup_steps > steps:
             raise ConfigError(f"train.warmup_steps: {config.train.warmup_steps} is more than the run's {steps} steps")
+        planned = _plan(config, ranks, architecture, source, samples, order, device)
+        if planned and planned.fits is False and not force:
+            raise ConfigError(plan.refusal(planned))
         engine = build_engine(config, architecture, source, ds, device)
 
         started = time.monotonic()
@@ -77,7 +83,7 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False) -> RunResult:
             run.record("start", step=first_step, steps=steps, world_size=ranks.world_size,
                        **_provenance(engine, source, samples, held_out_samples))
         progress = Progress(run.log if ranks.is_first else None, steps, first_step)
-        _announce(progress, engine, source, samples, held_out_samples)
+        _announce(progress, engine, source, samples, held_out_samples, planned)
         writer = _Writer(config, ranks, run, engine, architecture, source, samples)
         if resume:
             # The run may have ended between its last checkpoint and the adapter of it.
@@ -141,6 +147,20 @@ def _with_rank(config: RunConfig, architecture: Architecture, source: Source) ->
     return config.model_copy(update={"adapter": with_rank(model, architecture, config.adapter)})
 
 
+def _plan(config: RunConfig, ranks: Ranks, architecture: Architecture, source: Source, samples: Samples, order: GlobalOrder,
+          device: torch.device) -> Plan | None:
+    """Made by rank 0 and told to all. None where the adapter doesn't fit the model, which `build_engine` says on every rank."""
+    planned = None
+    if ranks.is_first:
+        held_bytes = plan.process.resident_bytes()
+        capacity_bytes = plan.process.capacity_bytes(device.type, ranks.local_world_size)
+        if device.type == "cpu":
+            capacity_bytes += held_bytes
+        with contextlib.suppress(BoneError):
+            planned = plan.of_run(config, ranks.world_size, architecture, source, samples, order, device.type, capacity_bytes, held_bytes)
+    return engines.told_by_first(planned)
+
+
 def _check_architecture(config: RunConfig, architecture: Architecture) -> None:
     """Raises ConfigError for what this architecture has not."""
     if config.train.chunk_length and not architecture.carries_state:
@@ -171,7 +191,10 @@ def _evaluate(held_out: HeldOut | None, engine: Engine, run: RunDirectory, ranks
     return evaluation
 
 
-def _announce(progress: Progress, engine: Engine, source: Source, samples: Samples, held_out: Samples | None) -> None:
+def _announce(progress: Progress, engine: Engine, source: Source, samples: Samples, held_out: Samples | None,
+              planned: Plan | None) -> None:
+    if planned:
+        progress.say(plan.line(planned))
     trainable = _trainable_parameters(engine)
     progress.say(f"model {source.origin}: {trainable:,} trainable parameters in {len(engine.trainable)} tensors, {engine.world_size} ranks")
     progress.say(f"train {samples.report}")

@@ -25,6 +25,7 @@ class Llama:
     name = "llama"
     targets = TARGETS
     carries_state = False
+    kinds = {"self_attn": "attention", "mlp": "mlp"}
 
     def recognises(self, path: str) -> bool:
         from llama_adapters import weights
@@ -35,6 +36,11 @@ class Llama:
         from llama_adapters import weights
 
         return weights.open(model)
+
+    def outline(self, model: ModelConfig) -> Source:
+        from llama_adapters import published
+
+        return published.outline(model)
 
     def tokenizer(self, source: Source):
         from llama_adapters import weights
@@ -50,6 +56,12 @@ class Llama:
         from llama_adapters import weights
 
         weights.load(model, source, placement)
+
+    def keep_as_on(self, model: nn.Module, device: str) -> None:
+        from llama_adapters import attention
+
+        if device == "cuda":
+            model.config._attn_implementation = attention.AS_ON_CUDA
 
     def layers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         return layers(model)

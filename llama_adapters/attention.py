@@ -12,6 +12,7 @@ Shapes: T tokens in the row, N documents, H query heads, G key and value heads (
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 NAME = "bone_ds_documents"
+AS_ON_CUDA = "bone_ds_documents_as_on_cuda"
+"""For fake tensors: keeps what a GPU's kernel keeps."""
 
 
 def hidden(model: nn.Module, tokens: Tensor, document_lengths: tuple[int, ...]) -> Tensor:
@@ -73,4 +76,48 @@ def attend_flash(query: Tensor, key: Tensor, value: Tensor, document_bounds: Ten
     return output[None]
 
 
+def attend_as_on_cuda(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+                      document_lengths: tuple[int, ...], scaling: float, **_) -> tuple[Tensor, None]:
+    """As `attend`, of fake tensors: in half precision query, key, value, output and one fp32 number a row and head are kept."""
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return attend_each(query, key, value, document_lengths, scaling), None
+    return _attend_flash_fake(query, key, value, document_lengths)[0], None
+
+
+@torch.library.custom_op("bone_ds::attention_as_on_cuda", mutates_args=())
+def _attend_flash_fake(query: Tensor, key: Tensor, value: Tensor, document_lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    raise AssertionError("stands for `attend_flash` on fake tensors, which have no values")
+
+
+@_attend_flash_fake.register_fake
+def _(query, key, value, document_lengths):
+    output = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+    return output, query.new_empty(query.shape[1:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("bone_ds::attention_as_on_cuda_backward", mutates_args=())
+def _attend_flash_fake_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
+                                document_lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    raise AssertionError("stands for the gradient of `attend_flash` on fake tensors, which have no values")
+
+
+@_attend_flash_fake_backward.register_fake
+def _(grad, query, key, value, document_lengths):
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _keep_as_flash(ctx, inputs, output) -> None:
+    *tensors, ctx.document_lengths = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _flash_gradients(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
+    query, key, value, *_ = ctx.saved_tensors
+    return *_attend_flash_fake_backward(grad, query, key, value, ctx.document_lengths), None
+
+
+_attend_flash_fake.register_autograd(_flash_gradients, setup_context=_keep_as_flash)
+
 AttentionInterface.register(NAME, attend)
+AttentionInterface.register(AS_ON_CUDA, attend_as_on_cuda)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,6 +24,13 @@ from llama_adapters import attention, checks
 
 _HUB_FILES = ("config.json", "generation_config.json", "model*.safetensors", checks.INDEX, "tokenizer*", "*.jinja",
               "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+
+
+@dataclass(frozen=True)
+class OutlinedSource(Source):
+    """A model without weights: it can be built, not loaded."""
+
+    config: LlamaConfig
 
 
 def recognises(path: str) -> bool:
@@ -61,7 +69,8 @@ def tokenizer(source: Source):
 
 def build(source: Source, dtype: torch.dtype) -> nn.Module:
     """A LlamaForCausalLM with unset weights of `dtype` and our attention; called under `Placement.empty()`."""
-    config = LlamaConfig.from_pretrained(source.path)  # `open` has checked it
+    outlined = isinstance(source, OutlinedSource)
+    config = source.config if outlined else LlamaConfig.from_pretrained(source.path)  # `open` has checked it
     config.use_cache = False
     config.attention_dropout = 0.0
     config._attn_implementation = attention.NAME

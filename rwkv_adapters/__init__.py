@@ -25,6 +25,7 @@ class Rwkv:
     name = "rwkv"
     targets = TARGETS
     carries_state = True
+    kinds = {"att": "attention", "ffn": "mlp"}
 
     def recognises(self, path: str) -> bool:
         return Path(path).suffix in (".pth", ".safetensors")
@@ -33,6 +34,11 @@ class Rwkv:
         from rwkv_adapters import weights
 
         return weights.open(model)
+
+    def outline(self, model: ModelConfig) -> Source:
+        from rwkv_adapters import published
+
+        return published.outline(model)
 
     def tokenizer(self, source: Source):
         from rwkv_adapters import tokenizer
@@ -48,6 +54,11 @@ class Rwkv:
         from rwkv_adapters import weights
 
         weights.load(model, source, placement)
+
+    def keep_as_on(self, model: nn.Module, device: str) -> None:
+        if device == "cuda":
+            for _, layer in layers(model):
+                layer.att.wkv = "chunked"  # keeps as many bytes as fla's kernel does, see `wkv6.fla`
 
     def layers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         return layers(model)

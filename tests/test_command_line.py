@@ -131,8 +131,8 @@ def test_two_ranks_train_and_say_nothing_else(run_directory):
     done = shell("train", "run.yaml", "--ranks", "2", directory=run_directory)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["model", "train", "step", "step", "done"], done.stdout
-    assert "step 2/2" in lines[3] and (run_directory / "run/adapter.safetensors").exists()
+    assert [line.split()[0] for line in lines] == ["plan:", "model", "train", "step", "step", "done"], done.stdout
+    assert "step 2/2" in lines[4] and (run_directory / "run/adapter.safetensors").exists()
     merged = shell("merge", "run/adapter.safetensors", "--out", "merged", directory=run_directory)
     assert (merged.returncode, merged.stderr) == (0, "")
     assert (run_directory / "merged/model.safetensors").exists()

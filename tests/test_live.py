@@ -108,3 +108,9 @@ def test_saved_and_recomputed_activations():
     three = lambda x: x.tanh().tanh().tanh()
     assert peak_and_kept(three)[1] == 3
     assert peak_and_kept(lambda x: checkpoint(three, x, use_reentrant=False))[1] == 1
+
+
+def test_meta_tensors_have_no_memory():
+    with LiveMemory() as live:
+        meta = torch.zeros(KB, device="meta")
+        assert live.total_bytes == 0 and not live.knows(meta)

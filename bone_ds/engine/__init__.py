@@ -17,6 +17,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from itertools import chain, pairwise
+from typing import Any
 
 # DeepSpeed warns at import, once a process, that this machine has no GPU.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
@@ -33,7 +34,7 @@ from bone_ds.engine import placement, state
 from bone_ds.errors import ConfigError
 from bone_ds.launch import Ranks
 
-__all__ = ["Engine", "agree", "barrier", "device", "distributed", "placement", "total"]
+__all__ = ["Engine", "agree", "barrier", "device", "distributed", "placement", "told_by_first", "total"]
 
 
 @contextlib.contextmanager
@@ -76,6 +77,13 @@ def agree(value: str) -> bool:
     values: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return len(set(values)) == 1
+
+
+def told_by_first(value: Any) -> Any:
+    """What rank 0 brings, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 class Engine:

@@ -1,0 +1,97 @@
+"""Memory, FLOPs, steps and disk of a run before it starts: no weights are read, no device is needed.
+
+    trace     the real model on fake tensors: what forward keeps, the peaks, FLOPs
+    zero      what DeepSpeed holds beside it, as formulas
+    memory    both together, by component, at the peak
+    process   what a process or a device holds besides tensors
+    workload  the run's batches
+    changes   what would make it fit
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from bone_ds import arch, ds_json
+from bone_ds.arch import Architecture, Source
+from bone_ds.config import RunConfig
+from bone_ds.data import GlobalOrder, Samples, load_samples
+from bone_ds.errors import CheckpointError
+from bone_ds.plan import changes, memory, process, trace, workload
+from bone_ds.plan.report import Change, Flops, Plan, Workload
+from bone_ds.plan.table import line, refusal, table
+from bone_ds.plan.trace import DTYPES, Shape, Trace
+
+__all__ = ["Change", "Flops", "Plan", "Workload", "line", "of_run", "plan", "process", "refusal", "table"]
+
+_MANY_STEPS = 1000
+"""Where the number of steps isn't known."""
+_FILE_HEADER_BYTES = 90
+"""Of one tensor in a safetensors file, about."""
+
+
+def plan(config: RunConfig, world_size: int, device: str = "cpu", capacity_bytes: int | None = None) -> Plan:
+    """Plans from the files that are there; what isn't is assumed and said in `notes`. Raises BoneError.
+
+    device: cpu or cuda, of the run, not of this process. capacity_bytes: of one rank.
+    """
+    architecture = arch.resolve(config.model)
+    source = architecture.outline(config.model)
+    notes = [] if source.fingerprint else [f"{config.model.path}: the weights are not there; planned from the sizes of {source.origin}"]
+    samples, missing = _samples(config, architecture, source)
+    return of_run(config, world_size, architecture, source, samples, device=device, capacity_bytes=capacity_bytes,
+                  notes=(*notes, *missing))
+
+
+def of_run(config: RunConfig, world_size: int, architecture: Architecture, source: Source, samples: Samples | None,
+           order: GlobalOrder | None = None, device: str = "cpu", capacity_bytes: int | None = None, held_bytes: int | None = None,
+           notes: tuple[str, ...] = ()) -> Plan:
+    """As `plan`, of what is open and loaded already. held_bytes: what the process holds by now (cpu)."""
+    work, heaviest = workload.of_samples(config, world_size, samples, order) if samples else workload.assumed(config)
+    planned = _planned(config, world_size, architecture, source, heaviest, work, device, held_bytes)
+    planned = replace(planned, capacity_bytes=capacity_bytes, notes=notes)
+    if planned.fits is False:
+        def again(changed: RunConfig, ranks: int, shape: Shape) -> Plan:
+            return _planned(changed, ranks, architecture, source, workload.Heaviest(shape, shape.tokens), work, device, held_bytes)
+
+        planned = replace(planned, changes=changes.that_fit(planned, config, heaviest.shape, again))
+    return planned
+
+
+def _planned(config: RunConfig, world_size: int, architecture: Architecture, source: Source, heaviest: workload.Heaviest, work: Workload,
+             device: str, held_bytes: int | None) -> Plan:
+    ds, shape = ds_json.resolve(config, world_size), heaviest.shape
+    accumulation_steps = ds_json.accumulation_steps(config, world_size)
+    accumulates = accumulation_steps > 1 or bool(config.train.chunk_length)
+    chunks = -(-config.data.max_length // config.train.chunk_length) if config.train.chunk_length else 1
+    micro_batches = (work.steps or _MANY_STEPS) * accumulation_steps * chunks
+    traced = trace.trace(config, architecture, source, ds_json.activation_policy(ds), shape, device)
+    held = memory.memory(traced, ds, world_size, DTYPES[config.model.dtype].itemsize, accumulates, device,
+                         later_share=heaviest.later_tokens / shape.tokens, micro_batches=micro_batches, packing=config.data.packing,
+                         held_bytes=held_bytes)
+    trainable = memory.trainable_elements(traced)
+    return Plan(
+        model=source.origin, notes=(), device=device, world_size=world_size, stage=ds_json.stage(ds), parameters=traced.parameters,
+        trainable_parameters=trainable, by_component=held.by_component, peak_bytes=held.peak_bytes, live_peak_bytes=held.live_peak_bytes,
+        saved_by_layer_kind=traced.kept_by_kind, flops=_flops(traced, shape, work, world_size), workload=work,
+        checkpoint_bytes=3 * 4 * trainable + 3 * _FILE_HEADER_BYTES * len(traced.trainable),
+        adapter_bytes=4 * trainable + _FILE_HEADER_BYTES * len(traced.trainable), capacity_bytes=None, changes=())
+
+
+def _flops(traced: Trace, shape: Shape, work: Workload, world_size: int) -> Flops:
+    """Of a mean step: the traced micro-batch's, by tokens."""
+    scale = work.tokens_per_step / world_size / shape.tokens
+    return Flops(**{part: round(count * scale) for part, count in traced.flops.items()})
+
+
+def _samples(config: RunConfig, architecture: Architecture, source: Source) -> tuple[Samples | None, list[str]]:
+    """The training samples, or why there are none."""
+    missing = next((path for path in config.data.train if not Path(path).expanduser().exists()), None)
+    if missing is not None:
+        return None, [f"data.train: {missing} is not there; planned for full packs of data.max_length: {config.data.max_length}"]
+    try:
+        tokenizer = architecture.tokenizer(source)
+    except CheckpointError:
+        return None, [f"{config.model.path}: no tokenizer is there; planned for full packs of data.max_length: {config.data.max_length}"]
+    return load_samples(config.data, tokenizer, "train"), []

@@ -1,0 +1,83 @@
+"""The peak of one rank, from the trace of the model and DeepSpeed's own tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from bone_ds.plan import process, zero
+from bone_ds.plan.report import COMPONENTS
+from bone_ds.plan.trace import Trace
+
+
+@dataclass(frozen=True)
+class Memory:
+    by_component: dict[str, int]
+    """At the peak; sums to peak_bytes."""
+    peak_bytes: int
+    live_peak_bytes: int
+
+
+def memory(traced: Trace, ds: dict, world_size: int, dtype_bytes: int, accumulates: bool, device: str, later_share: float = 1.0,
+           micro_batches: int = 1, packing: bool = False, held_bytes: int | None = None) -> Memory:
+    """later_share: how long the micro-batches after a step's first are, of its. micro_batches: of one rank in the whole run.
+    held_bytes: what the process holds already (cpu).
+    """
+    trainable = zero.elements(list(traced.trainable.values()))
+    engine = zero.engine_memory(ds, world_size, traced.weights, trainable, dtype_bytes, accumulates)
+    whole = zero.gathered(ds, world_size, traced.modules)
+    phases = _phases(traced, engine, whole, dtype_bytes, later_share)
+    live_peak = max(phases.values(), key=Counter.total)
+    if device == "cuda":
+        return _on_cuda(live_peak)
+    phases["save"] = Counter(engine.fixed) + Counter(engine.save)
+    context_bytes = process.CPU_CONTEXT_BYTES if held_bytes is None else held_bytes
+    return _on_cpu(phases, engine, context_bytes, micro_batches, packing, live_peak.total())
+
+
+def _phases(traced: Trace, engine: zero.EngineMemory, whole: zero.Gathered, dtype_bytes: int,
+            later_share: float) -> dict[str, Counter]:
+    """Bytes by component at the peak of each part of a step; `later` are micro-batches that find gradients of those before."""
+    fixed, between = Counter(engine.fixed) + Counter(weights=traced.buffers_bytes), Counter(engine.between)
+    forward = Counter(activations=traced.kept_bytes, transient=traced.forward_peak_bytes - traced.kept_bytes,
+                      gathered=whole.at_end_of_forward * dtype_bytes)
+    transient = traced.backward_peak_bytes - traced.kept_at_backward_peak
+    backward = Counter(activations=traced.kept_at_backward_peak, transient=transient, gathered=whole.at_start_of_backward * dtype_bytes)
+    return {
+        "forward": fixed + forward,
+        "backward": fixed + Counter(engine.backward) + backward,
+        "later forward": fixed + between + _scaled(forward, later_share),
+        "later backward": fixed + (between | Counter(engine.backward)) + _scaled(backward, later_share),
+        "end of backward": fixed + Counter(engine.end_of_backward) + Counter(activations=traced.kept_by_a_layer, transient=transient),
+        "update": fixed + Counter(engine.update),
+        "fetch": fixed + between + Counter(gathered=whole.most * dtype_bytes),
+    }
+
+
+def _scaled(parts: Counter, share: float) -> Counter:
+    return Counter({name: size if name == "gathered" else int(share * size) for name, size in parts.items()})
+
+
+def _on_cuda(live: Counter) -> Memory:
+    held = live + Counter(context=process.CUDA_CONTEXT_BYTES, slack=process.CUDA_SLACK_BYTES)
+    return Memory(_ordered(held), held.total(), live.total())
+
+
+def _on_cpu(phases: dict[str, Counter], engine: zero.EngineMemory, context_bytes: int, micro_batches: int, packing: bool,
+            live_peak_bytes: int) -> Memory:
+    """Pages that nobody writes to are not resident, and malloc keeps much of what is freed for tensors of other sizes."""
+    touched = {name: phase - Counter(buckets=min(engine.untouched_bytes, phase["buckets"])) for name, phase in phases.items()}
+    highest = max(touched.values(), key=Counter.total)
+    stays = sum(engine.fixed.values()) - min(engine.untouched_bytes, engine.fixed.get("buckets", 0))
+    comes_and_goes = highest.total() - stays
+    slack = process.cpu_slack_bytes(max(0, comes_and_goes), micro_batches, packing)
+    held = highest + Counter(context=context_bytes, slack=slack)
+    return Memory(_ordered(held), held.total(), live_peak_bytes)
+
+
+def _ordered(held: Counter) -> dict[str, int]:
+    return {component: held[component] for component in COMPONENTS}
+
+
+def trainable_elements(traced: Trace) -> int:
+    return sum(zero.elements(list(traced.trainable.values())))

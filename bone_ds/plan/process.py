@@ -1,0 +1,73 @@
+"""What a process or a device holds besides tensors, and what there is to hold it.
+
+The constants are measured on Linux with torch 2.13 and DeepSpeed 0.19.8, see benchmarks/plan_against_measured.py; those of CUDA follow
+from the paper's Table 7, see benchmarks/paper_table7.py, and aren't measured here.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+from math import log2
+from pathlib import Path
+
+from bone_ds.errors import ConfigError
+
+MIB = 2**20
+CPU_CONTEXT_BYTES = 520 * MIB
+"""Resident when every library is imported and the process group stands, with a small data set."""
+CPU_SLACK_BYTES = 100 * MIB
+"""Of what libraries load or set up in the first steps."""
+CPU_SLACK_SHARE = {True: 0.23, False: 0.04}
+"""By packing: documents of all lengths follow each other, or batches of falling length."""
+CPU_MOST_SLACK_SHARE = 1.5
+CUDA_CONTEXT_BYTES = 500 * MIB
+CUDA_SLACK_BYTES = 892 * MIB
+"""Only the sum of the two is known."""
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """`24GiB`, `24GB`, `80G` or a number of bytes; without an i, powers of ten. Raises ConfigError naming the option."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise ConfigError(f"{option}: {text!r} is no amount of memory; write 24GiB, 24GB or 80G")
+    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+
+
+def capacity_bytes(device: str, local_world_size: int) -> int | None:
+    """Memory of one rank on this machine; None for a GPU where there is none."""
+    if device == "cpu":
+        return available_bytes(local_world_size)
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def available_bytes(local_world_size: int) -> int:
+    """Memory that each of this host's ranks may take on a CPU: what the system calls available, within the control group's limit."""
+    free = [_meminfo("MemAvailable")]
+    for limit, used in ((Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+                        (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"))):
+        if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+            free.append(int(limit.read_text()) - int(used.read_text()))
+    return min(free) // local_world_size
+
+
+def cpu_slack_bytes(comes_and_goes_bytes: int, micro_batches: int, packing: bool) -> int:
+    """What malloc keeps between tensors of other sizes, of those that come and go in a step: more with every doubling of batches."""
+    share = CPU_SLACK_SHARE[packing] * log2(micro_batches + 1)
+    return CPU_SLACK_BYTES + int(min(CPU_MOST_SLACK_SHARE, share) * comes_and_goes_bytes)
+
+
+def resident_bytes() -> int:
+    """Of this process, now."""
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+
+
+def _meminfo(field: str) -> int:
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    raise AssertionError(f"/proc/meminfo has no {field}")

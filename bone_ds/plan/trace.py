@@ -1,0 +1,265 @@
+"""One forward and backward of the real model on fake tensors: shapes without data, no weights, no device.
+
+Every tensor that a real run would hold is counted as it comes and goes; DeepSpeed's own are added by `bone_ds.plan.zero`. Of layers
+that are alike three are run, and the others count as the second of them: the first has an input that needs no gradient.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bone_ds import activation, inject
+from bone_ds.activation_policy import ActivationPolicy
+from bone_ds.arch import Architecture, Batch, Source
+from bone_ds.config import RunConfig
+from bone_ds.live import LiveMemory
+from bone_ds.objective import Objective
+from bone_ds.plan.flops import FlopCounter
+
+KINDS = ("attention", "mlp", "norms", "embedding", "loss", "other")
+CUDA_GRANULARITY_BYTES = 512
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_FIXED, _TRANSIENT = "fixed", "transient"
+_RUN_OF_EACH = 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a batch its memory depends on."""
+
+    document_lengths: tuple[int, ...]
+    label_tokens: int
+    continues: bool = False
+    """In chunks: goes on from a state, and leaves one."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.document_lengths)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Bytes beside the parameters on one rank, and FLOPs, of one micro-batch. Gradients of parameters are left out."""
+
+    modules: tuple[tuple[tuple[str, int], ...], ...]
+    """About in the order of forward: (name, elements) of the parameters that each module owns itself."""
+    weights: tuple[int, ...]
+    """Elements of each frozen tensor."""
+    trainable: dict[str, tuple[int, ...]]
+    """Adapter name -> shape."""
+    parameters: int
+    """Of the base model."""
+    buffers_bytes: int
+    kept_by_kind: dict[str, int]
+    """What is alive at the end of forward, by `KINDS`."""
+    kept_by_a_layer: int
+    """The most that one residual block keeps."""
+    forward_peak_bytes: int
+    backward_peak_bytes: int
+    kept_at_backward_peak: int
+    """Of backward_peak_bytes, what forward has kept; the rest is transient."""
+    flops: dict[str, int]
+    """forward, backward, recomputed"""
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(self.kept_by_kind.values())
+
+
+def trace(config: RunConfig, architecture: Architecture, source: Source, policy: ActivationPolicy, shape: Shape, device: str,
+          make_objective: Callable[..., Objective] = Objective) -> Trace:
+    """device: "cuda" keeps what a GPU's kernels would. Raises BoneError for an adapter or policy that doesn't fit the model."""
+    with torch.device("meta"):  # peft moves its tensors about, which fake ones don't allow
+        model = architecture.build(source, DTYPES[config.model.dtype])
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        trainable = inject.inject(model, architecture, inject.with_rank(model, architecture, config.adapter))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
+        fake = _make_fake(model)
+        trainable = {name: fake[id(parameter)] for name, parameter in trainable.items()}
+        architecture.keep_as_on(model, device)
+        activation.apply(model, architecture, policy)
+        objective = make_objective(model, architecture, config.train.loss_chunk, config.train.l2wrap)
+        facts = {
+            "modules": _modules(objective), "parameters": parameters,
+            "weights": tuple(parameter.numel() for parameter in objective.parameters() if not parameter.requires_grad),
+            "trainable": {name: tuple(parameter.shape) for name, parameter in trainable.items()},
+            "buffers_bytes": sum(buffer.nbytes for buffer in objective.buffers()),
+        }
+        left_out = _leave_out(model, architecture)
+        return Trace(**facts, **_Run(objective, architecture, device, left_out).measure(shape))
+
+
+def _make_fake(model: nn.Module) -> dict[int, nn.Parameter]:
+    """Replaces meta tensors by fake ones on a CPU, by the id of what was there."""
+    fake: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in fake:
+                fake[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
+            setattr(module, name, fake[id(parameter)])
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+    return fake
+
+
+def _modules(objective: Objective) -> tuple[tuple[tuple[str, int], ...], ...]:
+    names = {id(parameter): name for name, parameter in objective.named_parameters()}
+    owned = ([(names[id(parameter)], parameter.numel()) for parameter in module.parameters(recurse=False)]
+             for module in objective.modules() if not _stands_aside(module, objective))
+    return tuple(tuple(own) for own in owned if own)
+
+
+def _stands_aside(module: nn.Module, objective: Objective) -> bool:
+    """The model's own head: the objective's takes its weight and runs in its place."""
+    return isinstance(module, nn.Linear) and module.weight is objective.head.weight
+
+
+def _leave_out(model: nn.Module, architecture: Architecture) -> Counter[Hashable]:
+    """Takes layers out of the model that are like three others; returns how many, by `_form`."""
+    layers = architecture.layers(model)
+    container = model.get_submodule(layers[0][0].rpartition(".")[0])
+    seen: Counter[Hashable] = Counter(_form(layer) for _, layer in layers)
+    left_out: Counter[Hashable] = Counter({form: count - _RUN_OF_EACH for form, count in seen.items() if count > _RUN_OF_EACH})
+    todo = Counter(left_out)
+    for index in reversed(range(len(container))):
+        form = _form(container[index])
+        if todo[form]:
+            todo[form] -= 1
+            del container[index]
+    return left_out
+
+
+def _form(layer: nn.Module) -> Hashable:
+    """Layers of one form keep and compute alike: types and shapes, what is trained, what is recomputed."""
+    return tuple(
+        (name, type(module).__name__, "forward" in vars(module),
+         tuple((tuple(parameter.shape), parameter.requires_grad) for parameter in module.parameters(recurse=False)))
+        for name, module in layer.named_modules())
+
+
+class _Run:
+    """Runs an objective and keeps account."""
+
+    def __init__(self, objective: Objective, architecture: Architecture, device: str, left_out: Counter[Hashable]):
+        self.objective, self.left_out = objective, left_out
+        self.live = LiveMemory(CUDA_GRANULARITY_BYTES if device == "cuda" else 1)
+        self.live.claim(_FIXED, [*objective.parameters(), *objective.buffers()])
+        self.counter = FlopCounter()
+        self.in_forward = True
+        self.kept_of: dict[Hashable, Counter[str]] = {}
+        self.flops_of: dict[Hashable, Counter[str]] = {}
+        self.form_of = {id(layer): _form(layer) for _, layer in architecture.layers(objective.model)}
+        self.begun: tuple[Counter[str], Hashable] | None = None
+        self.open: Hashable | None = None
+        for _, layer in architecture.layers(objective.model):
+            # Outermost: what runs when the layer is called for the first time, recomputed or not.
+            layer.register_forward_pre_hook(self._layer_begins)
+            layer.register_forward_hook(self._layer_ends)
+        for module, kind in _kinds(objective, architecture):
+            module.forward = partial(self._as_kind, kind, module.forward)
+        for parameter in objective.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+
+    def measure(self, shape: Shape) -> dict:
+        state = self._state(shape)
+        with self.live, self.counter:
+            fixed = self.live.total_bytes
+            self.live.reset_peak()
+            with self.live.component("other"):
+                loss, after = self.objective(_batch(shape), state, keep_state=shape.continues)
+            forward_peak, kept = self.live.peak_bytes - fixed, {kind: self.live.by_component[kind] for kind in KINDS}
+            self.live.reset_peak()
+            self.in_forward, self.counter.part = False, "backward"
+            with self.live.component(_TRANSIENT):
+                loss.backward()
+            self._leave()
+        more = sum((_times(self.kept_of[form], count) for form, count in self.left_out.items()), Counter())
+        flops = sum((_times(self.flops_of[form], count) for form, count in self.left_out.items()), Counter(self.counter.by_part))
+        return {
+            "kept_by_kind": {kind: kept[kind] + more[kind] for kind in KINDS},
+            "kept_by_a_layer": max((kept.total() for kept in self.kept_of.values()), default=sum(kept.values())),
+            "forward_peak_bytes": forward_peak + more.total(),
+            # Backward begins with all that is kept, and what it needs to go through one layer.
+            "backward_peak_bytes": self.live.peak_bytes - fixed + more.total(),
+            "kept_at_backward_peak": sum(self.live.at_peak.get(kind, 0) for kind in KINDS) + more.total(),
+            "flops": {part: flops[part] for part in ("forward", "backward", "recomputed")},
+        }
+
+    def _state(self, shape: Shape):
+        """What the chunk before left behind."""
+        if not shape.continues:
+            return None
+        with torch.no_grad():
+            state = self.objective(_batch(Shape((1,), 0)), None, keep_state=True)[1]
+        self.kept_of, self.flops_of, self.begun = {}, {}, None
+        return state
+
+    def _layer_begins(self, layer: nn.Module, arguments) -> None:
+        """From one layer's beginning to the next one's: what lives only until then is no part of what a layer keeps."""
+        if not self.in_forward:
+            return
+        now, form = Counter(self.live.by_component), self.form_of[id(layer)]
+        if self.begun is not None:
+            before, its_form = self.begun
+            self.kept_of[its_form] = Counter({kind: now[kind] - before[kind] for kind in KINDS})
+        self.begun, self.flops_before = (now, form), Counter(self.counter.by_part)
+
+    def _layer_ends(self, layer: nn.Module, arguments, output) -> None:
+        if not self.in_forward:
+            return
+        form = self.form_of[id(layer)]
+        self.flops_of[form] = self.counter.by_part - self.flops_before
+        out = output if isinstance(output, Tensor) else output[0]
+        if out.requires_grad:
+            out.register_hook(partial(self._backward_reaches, form))
+
+    def _backward_reaches(self, form: Hashable, gradient: Tensor) -> None:
+        """Backward is about to enter a layer of this form, and has left the one after it."""
+        self._leave()
+        self.open, self.flops_before = form, Counter(self.counter.by_part)
+
+    def _leave(self) -> None:
+        if self.open is not None:
+            self.flops_of[self.open] |= self.counter.by_part - self.flops_before
+            self.open = None
+
+    def _as_kind(self, kind: str, forward: Callable, *args, **kwargs):
+        with self.live.component(kind if self.in_forward else _TRANSIENT):
+            return forward(*args, **kwargs)
+
+
+def _drop_gradient(parameter: nn.Parameter) -> None:
+    parameter.grad = None
+
+
+def _times(counts: Counter, factor: int) -> Counter:
+    return Counter({name: factor * count for name, count in counts.items()})
+
+
+def _batch(shape: Shape) -> Batch:
+    return Batch(
+        tokens=torch.zeros(1, shape.tokens, dtype=torch.int64), document_lengths=shape.document_lengths,
+        label_positions=torch.zeros(shape.label_tokens, dtype=torch.int64), labels=torch.zeros(shape.label_tokens, dtype=torch.int64),
+        continues=shape.continues)
+
+
+def _kinds(objective: Objective, architecture: Architecture) -> list[tuple[nn.Module, str]]:
+    kinds: list[tuple[nn.Module, str]] = [(objective.head, "loss")]
+    inside = set()
+    for _, layer in architecture.layers(objective.model):
+        inside |= {id(module) for module in layer.modules()}
+        kinds += [(child, architecture.kinds.get(name, "norms")) for name, child in layer.named_children()]
+    for module in objective.model.modules():
+        if id(module) not in inside and isinstance(module, nn.Embedding):
+            kinds.append((module, "embedding"))
+        elif id(module) not in inside and "Norm" in type(module).__name__:
+            kinds.append((module, "norms"))
+    return kinds

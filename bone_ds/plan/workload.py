@@ -1,0 +1,86 @@
+"""Which batches a run goes over: how many steps, and the micro-batch that needs most memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from bone_ds.config import RunConfig
+from bone_ds.data import GlobalOrder, Samples, collate_chunks, deal
+from bone_ds.data.order import Unit, Window
+from bone_ds.plan.report import Workload
+from bone_ds.plan.trace import Shape
+
+_MOST_UNITS = 20_000
+"""Packs (samples without packing) that are looked through for the heaviest micro-batch."""
+_DOCUMENT_TOKENS = 16
+"""So many tokens weigh what the state of one more document does, in RWKV6 of all published sizes."""
+
+
+@dataclass(frozen=True)
+class Heaviest:
+    shape: Shape
+    """A first micro-batch of a step, which is dealt the longest units, or one as heavy."""
+    later_tokens: int
+    """The most tokens of one that follows in a step, when gradients of those before it are there."""
+
+
+def of_samples(config: RunConfig, world_size: int, samples: Samples, order: GlobalOrder | None = None) -> tuple[Workload, Heaviest]:
+    """The workload, and the heaviest micro-batch of all ranks: evaluation keeps nothing for backward and needs less."""
+    train, data = config.train, config.data
+    order = order or GlobalOrder(samples, data.packing, data.max_length, train.global_batch_size, train.seed)
+    steps = train.steps or order.steps_in_epochs(train.epochs or 1)
+    windows = [order.window(step) for step in range(min(steps, -(-_MOST_UNITS // train.global_batch_size)))]
+    firsts, laters = [], []
+    for is_first, shape in _shapes(config, world_size, samples, windows):
+        (firsts if is_first else laters).append(shape)
+    heaviest = Heaviest(_heaviest(firsts), max((shape.tokens for shape in laters), default=0))
+    if heaviest.later_tokens > heaviest.shape.tokens:
+        heaviest = Heaviest(_heaviest(firsts + laters), heaviest.later_tokens)
+    tokens = sum(sum(window.unit_tokens) for window in windows) / len(windows)
+    labels = sum(window.label_tokens for window in windows) / len(windows)
+    return Workload(steps, round(tokens, 1), round(labels, 1), asdict(samples.report), described(heaviest.shape)), heaviest
+
+
+def assumed(config: RunConfig) -> tuple[Workload, Heaviest]:
+    """Without data: full packs of one document each, every token but the first of each learnt."""
+    train, data = config.train, config.data
+    lengths = (train.chunk_length,) if train.chunk_length else (data.max_length,) * train.micro_batch_size
+    shape = Shape(lengths, sum(lengths) - len(lengths), continues=bool(train.chunk_length))
+    tokens = train.global_batch_size * data.max_length
+    work = Workload(train.steps, float(tokens), float(tokens - train.global_batch_size), None, described(shape))
+    return work, Heaviest(shape, shape.tokens)
+
+
+def described(shape: Shape) -> dict[str, int]:
+    return {"tokens": shape.tokens, "documents": len(shape.document_lengths), "label_tokens": shape.label_tokens}
+
+
+def _shapes(config: RunConfig, world_size: int, samples: Samples, windows: list[Window]) -> Iterator[tuple[bool, Shape]]:
+    """Of every rank's micro-batches in each window, and whether it is the step's first."""
+    train = config.train
+    lengths, label_counts = samples.lengths, samples.label_counts
+    for window in windows:
+        for rank in range(world_size):
+            hands = deal(window, rank, world_size, train.micro_batch_size, train.global_batch_size)
+            for number, hand in enumerate(hands):
+                if train.chunk_length:
+                    for place, shape in enumerate(_chunks(samples, hand.units, train.chunk_length)):
+                        yield number + place == 0, shape
+                elif hand.units:
+                    indices = np.concatenate(hand.units)
+                    yield number == 0, Shape(tuple(lengths[indices].tolist()), int(label_counts[indices].sum()))
+
+
+def _chunks(samples: Samples, units: list[Unit], chunk_length: int) -> Iterator[Shape]:
+    for batch in collate_chunks(samples, units, "cpu", chunk_length, [units]):
+        yield Shape(batch.document_lengths, len(batch.labels), continues=True)
+
+
+def _heaviest(shapes: list[Shape]) -> Shape:
+    """The longest, with the most labels that any of nearly its length has: both need memory, and one forward is to show it."""
+    longest = max(shapes, key=lambda shape: (shape.tokens + _DOCUMENT_TOKENS * len(shape.document_lengths), shape.label_tokens))
+    labels = max(shape.label_tokens for shape in shapes if shape.tokens >= 0.95 * longest.tokens)
+    return replace(longest, label_tokens=labels)

@@ -1,0 +1,247 @@
+"""What DeepSpeed 0.19 itself holds on one rank, from the resolved JSON and the shapes.
+
+Read in runtime/zero/stage_1_and_2.py, stage3.py, partitioned_param_coordinator.py and fp16/unfused_optimizer.py, and measured with
+`bone_ds.live` on the real engine. n is the number of trainable elements, w the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+FP32_BYTES = 4
+_DEFAULT_BUCKET = 500_000_000
+_DEFAULT_PREFETCH = 50_000_000
+_DEFAULT_PERSISTENCE = 100_000
+_DEFAULT_DISTANCE = 1_000_000_000
+_DEFAULT_SUB_GROUP = 1_000_000_000
+_UNBOUNDED = 2**63
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Bytes by component, beside what the model's own forward and backward hold."""
+
+    fixed: dict[str, int]
+    """weights, adapter, optimizer; from stage 3 on gradients and buckets too."""
+    between: dict[str, int]
+    """What micro-batches before the last leave behind; empty where there is one alone."""
+    backward: dict[str, int]
+    """What there is in backward beside `fixed`; of what is in `between` too, the larger counts."""
+    end_of_backward: dict[str, int]
+    """What lies beside `fixed` when the last gradient is there and no activation is left."""
+    update: dict[str, int]
+    """What the optimizer step adds to `fixed`."""
+    save: dict[str, int]
+    """What a checkpoint adds to `fixed` in host memory on rank 0."""
+    untouched_bytes: int
+    """Of the buckets: allocated and never written to, so that the system keeps no pages of them."""
+
+
+def engine_memory(ds: dict, world_size: int, weights: Sequence[int], trainable: Sequence[int], dtype_bytes: int,
+                  accumulates: bool) -> EngineMemory:
+    """weights and trainable: elements of each frozen and trainable tensor. accumulates: several micro-batches make one step."""
+    zero = ds["zero_optimization"]
+    build = {0: _replicated, 1: _flat, 2: _flat, 3: _partitioned}[zero["stage"]]
+    sizes = _Sizes(zero, world_size, weights, trainable, dtype_bytes, _gradient_bytes(ds, dtype_bytes), accumulates)
+    return build(sizes)
+
+
+def _gradient_bytes(ds: dict, dtype_bytes: int) -> int:
+    asked = ds.get("data_types", {}).get("grad_accum_dtype")
+    return {None: dtype_bytes, "fp32": FP32_BYTES}.get(asked, 2)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    zero: dict
+    world_size: int
+    weights: Sequence[int]
+    trainable: Sequence[int]
+    dtype_bytes: int
+    gradient_bytes: int
+    accumulates: bool
+
+    @property
+    def n(self) -> int:
+        return sum(self.trainable)
+
+    @property
+    def save(self) -> dict[str, int]:
+        """Masters and both moments of the whole adapter, gathered one tensor after the other."""
+        return {"transient": 3 * FP32_BYTES * self.n + 2 * FP32_BYTES * max(self.trainable)}
+
+    @property
+    def bucket(self) -> int:
+        """Bytes of one buffer that gradients are reduced in."""
+        return int(self.zero.get("reduce_bucket_size", _DEFAULT_BUCKET)) * self.dtype_bytes
+
+
+def _replicated(s: _Sizes) -> EngineMemory:
+    """Stage 0: fp32 masters in bf16 alone; gradients stay on the parameters, where the trace has them."""
+    masters = 0 if s.dtype_bytes == FP32_BYTES else 1
+    largest = 2 * FP32_BYTES * max(s.trainable)
+    reduced = {"buckets": s.n * s.dtype_bytes} if s.world_size > 1 else {}
+    gradients = {"gradients": s.n * s.dtype_bytes}
+    return EngineMemory(
+        fixed={"weights": sum(s.weights) * s.dtype_bytes, "adapter": s.n * s.dtype_bytes, "optimizer": (2 + masters) * FP32_BYTES * s.n},
+        between=gradients if s.accumulates else {}, backward={},
+        end_of_backward=gradients | reduced,
+        update=gradients | {"transient": masters * FP32_BYTES * s.n + largest},
+        save=s.save, untouched_bytes=0)
+
+
+def _flat(s: _Sizes) -> EngineMemory:
+    """Stages 1 and 2: one flat copy of the adapter, and this rank's part of it in fp32 with its moments."""
+    part = -(-s.n // (2 * s.world_size)) * 2
+    contiguous = s.zero.get("contiguous_gradients", True)
+    buckets = s.bucket * (2 if s.zero.get("overlap_comm") else 1) if contiguous else 0
+    kept = {"gradients": part * s.gradient_bytes} if s.zero["stage"] == 2 else {"gradients": s.n * s.gradient_bytes, "buckets": buckets}
+    # In stage 1 the buckets stay from the first micro-batch of a step to the last.
+    in_backward = {"buckets": buckets} if contiguous else {"gradients": min(s.bucket, s.n * s.dtype_bytes)}
+    return EngineMemory(
+        fixed={"weights": sum(s.weights) * s.dtype_bytes, "adapter": s.n * s.dtype_bytes, "optimizer": 3 * FP32_BYTES * part},
+        between=kept if s.accumulates else {}, backward=in_backward,
+        end_of_backward={"buckets": buckets} | kept,
+        # The gradients, in fp32 too, and what AdamW computes with.
+        update={"gradients": part * s.gradient_bytes + FP32_BYTES * part, "transient": (2 * FP32_BYTES - s.gradient_bytes) * part},
+        save=s.save, untouched_bytes=max(0, buckets - s.n * s.dtype_bytes))
+
+
+def _partitioned(s: _Sizes) -> EngineMemory:
+    """Stage 3: a share of everything, the bucket and a flat buffer of gradients at all times."""
+    shares = [-(-elements // s.world_size) for elements in s.trainable]
+    part = sum(shares)
+    stepped = min(part, max(int(s.zero.get("sub_group_size", _DEFAULT_SUB_GROUP)), max(shares)))
+    buckets = s.bucket if s.zero.get("contiguous_gradients", True) else 0
+    return EngineMemory(
+        fixed={"weights": sum(-(-elements // s.world_size) for elements in s.weights) * s.dtype_bytes, "adapter": part * s.dtype_bytes,
+               "optimizer": 3 * FP32_BYTES * part, "gradients": part * s.gradient_bytes, "buckets": buckets},
+        between={}, backward={},
+        end_of_backward={"transient": s.n * s.dtype_bytes if s.world_size > 1 else 0},
+        update={"gradients": FP32_BYTES * stepped, "transient": 2 * FP32_BYTES * stepped},
+        save=s.save, untouched_bytes=max(0, buckets - s.n * s.dtype_bytes))
+
+
+Modules = Sequence[Sequence[tuple[str, int]]]
+"""In the order they run: name and elements of each parameter that a module owns itself."""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Elements that stage 3 holds whole, beside its shares."""
+
+    at_end_of_forward: int
+    at_start_of_backward: int
+    most: int
+
+
+def gathered(ds: dict, world_size: int, modules: Modules) -> Gathered:
+    """Of the forward that follows on the first recorded one: everything is fetched anew, with what DeepSpeed prefetches.
+
+    One rank gathers nothing: its shares are the parameters.
+    """
+    if ds["zero_optimization"]["stage"] < 3 or world_size == 1:
+        return Gathered(0, 0, 0)
+    coordinator = _Coordinator(ds["zero_optimization"], [*modules, *reversed(modules)])
+    held = [coordinator.run(step) for step in range(2 * len(modules))]
+    middle = len(modules)
+    return Gathered(max(held[middle - 2:middle]), max(held[middle:middle + 4]), max(held))
+
+
+@dataclass
+class _Group:
+    """Parameters fetched by one collective into one flat buffer, from which all are copied when the first is waited for.
+
+    The buffer lives until the last of them is.
+    """
+
+    elements: int
+    waited: bool = False
+
+
+class _Coordinator:
+    """DeepSpeed's PartitionedParameterCoordinator over a complete trace. What it calls persistent is released after backward too."""
+
+    def __init__(self, zero: dict, order: Modules):
+        self.order = order
+        self.sizes = {name: elements for module in order for name, elements in module}
+        threshold = int(zero.get("stage3_param_persistence_threshold", _DEFAULT_PERSISTENCE))
+        self.persistent = {name for name, elements in self.sizes.items() if elements <= threshold}
+        self.prefetch = int(zero.get("stage3_prefetch_bucket_size", _DEFAULT_PREFETCH))
+        self.most_live = int(zero.get("stage3_max_live_parameters", _DEFAULT_DISTANCE))
+        self.distance = int(zero.get("stage3_max_reuse_distance", _DEFAULT_DISTANCE))
+        self.queue = deque((step, name) for step, module in enumerate(order) for name in sorted({name for name, _ in module}))
+        self.fetched_for = {name: -_UNBOUNDED for name in self.sizes}
+        self.available: set[str] = set()
+        self.groups: dict[str, _Group] = {}
+
+    def run(self, step: int) -> int:
+        """One module: fetch, wait, prefetch; the most elements held; then release."""
+        needed = {name for name, _ in self.order[step]}
+        self._fetch(needed - self.available)
+        for name in needed:
+            self._wait(name)
+        held = self._held()
+        self._skip(step, needed)
+        self._prefetch()
+        held = max(held, self._held())
+        for name in needed:
+            if self._is_released(name, step + 1):
+                self.available.discard(name)
+        return held
+
+    def _held(self) -> int:
+        groups = {id(group): group for group in self.groups.values()}.values()
+        flat = sum(group.elements for group in groups)
+        copied = sum(self.sizes[name] for name in self.available if name not in self.groups or self.groups[name].waited)
+        return flat + copied
+
+    def _fetch(self, names: set[str]) -> None:
+        if not names:
+            return
+        group = _Group(sum(self.sizes[name] for name in names))
+        for name in names:
+            self.groups[name] = group
+        self.available |= names
+
+    def _wait(self, name: str) -> None:
+        group = self.groups.pop(name, None)
+        if group is not None:
+            group.waited = True
+
+    def _skip(self, step: int, needed: set[str]) -> None:
+        todo = {name for name in needed if self.fetched_for[name] < step}
+        while self.queue and todo:
+            used_at, name = self.queue.popleft()
+            self.fetched_for[name] = used_at
+            todo.discard(name)
+
+    def _prefetch(self) -> None:
+        limit = min(self.most_live - sum(self.sizes[name] for name in self.available), self.prefetch)
+        chosen: set[str] = set()
+        while self.queue and sum(self.sizes[name] for name in chosen) < limit:
+            used_at, name = self.queue.popleft()
+            self.fetched_for[name] = max(self.fetched_for[name], used_at)
+            if name not in self.available:
+                chosen.add(name)
+        self._fetch(chosen)
+
+    def _is_released(self, name: str, step: int) -> bool:
+        if name in self.persistent or self.fetched_for[name] > step:
+            return False
+        traversed = 0
+        for module in self.order[step:]:
+            if traversed >= self.distance:
+                break
+            for other, elements in module:
+                if other == name:
+                    return False
+                traversed += elements
+        return True
+
+
+def elements(shapes: Sequence[tuple[int, ...]]) -> list[int]:
+    return [prod(shape) for shape in shapes]
