@@ -5,13 +5,11 @@ the outer loop: a comparison that is cut short has still compared the methods. F
 """
 
 import json
-import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from provenance import commit, provenance
+from training_run import recorded, train
 
 
 @dataclass(frozen=True)
@@ -54,21 +52,16 @@ class Comparison:
         directory = self.work / f"{method.name.replace(' ', '-').replace('=', '')}-{rate:g}-{steps}"
         finished = directory / "commit"
         if not finished.exists():
-            shutil.rmtree(directory, ignore_errors=True)
-            config = self.work / "config.yaml"
-            config.write_text(json.dumps(self.config | {"output": {"directory": "unset"}}))
-            subprocess.run([sys.executable, "-m", "bone_ds", "train", str(config), "--ranks", str(self.ranks),
-                            f"train.learning_rate={rate:g}", f"output.directory={directory}", *method.overrides], check=True)
+            train(self.config, directory, (f"train.learning_rate={rate:g}", *method.overrides), self.ranks)
             finished.write_text(commit())
-        events = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
-        trained = [event for event in events if event["event"] == "step"]
-        last = [event["loss"] for event in trained[-20:]]
+        run = recorded(directory)
+        last = [step["loss"] for step in run.steps[-20:]]
         return {
-            "name": method.name, "commit": finished.read_text(), "learning_rate": rate, "steps": len(trained),
-            "trainable_parameters": next(event["trainable_parameters"] for event in events if event["event"] == "start"),
-            "held_out_loss": [round(event["loss"], 4) for event in events if event["event"] == "eval"],
+            "name": method.name, "commit": finished.read_text(), "learning_rate": rate, "steps": len(run.steps),
+            "trainable_parameters": run.start["trainable_parameters"],
+            "held_out_loss": [round(loss, 4) for loss in run.held_out_losses],
             "train_loss_last_20": round(sum(last) / len(last), 4),
-            "memory_gib_rank0": max(event["memory_gib"] for event in trained),
+            "memory_gib_rank0": max(step["memory_gib"] for step in run.steps),
         }
 
     def _report(self, rows: list[dict]) -> None:
