@@ -14,7 +14,7 @@ import argparse
 import gc
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import rows
@@ -65,7 +65,7 @@ BONE = {
 }
 PEFT_BAT = "peft bat"
 TIMED_OFTEN = ("row factored", "left factored", "col fused", "col materialized")
-"""With LoRA; the others bear no target, and are timed in one turn."""
+"""With LoRA; the others bear no target, and are timed in one turn, without a spread."""
 AT_MOST = {"row factored": 1.08, "left factored": 1.12, "col fused": {"bf16": 1.70, "fp32": 1.75}}
 COL_TO_MATERIALIZED = 1.05
 
@@ -73,7 +73,8 @@ COL_TO_MATERIALIZED = 1.05
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
-    results = rows.Results(options.json, {"threads": options.threads, "rank": RANK}, ("torch", "peft"), options.fresh)
+    settings = {"threads": options.threads, "rank": RANK, "turns": options.turns, "seconds": options.seconds}
+    results = rows.Results(options.json, settings, ("torch", "peft"), options.fresh, options.quick)
     found: list[Row] = []
     for name in options.model:
         for dtype in options.dtype:
@@ -81,7 +82,7 @@ def main() -> None:
             for tokens in options.tokens:
                 case = f"{name} {dtype} {tokens}"
                 measured = results.once(case, partial(_measure, MODELS[name], DTYPES[dtype], tokens, options.seconds, options.turns))
-                found += _rows(case, MODELS[name], dtype, measured)
+                found += _rows(case, MODELS[name], dtype, tokens, measured)
                 results.write(found)
     results.finish(found)
 
@@ -247,7 +248,7 @@ def _seconds(methods: dict[str, Layers], model: Model, dtype: torch.dtype, token
             break
         for name, layers in methods.items():
             often = name in TIMED_OFTEN or name.startswith("peft lora")
-            took = _one_step(layers, model, inputs, gradients) if often or turn == 1 else None
+            took = _one_step(layers, model, inputs, gradients) if often or turn <= 1 else None
             if turn:
                 taken[name].append(took)
     return taken
@@ -264,12 +265,13 @@ def _one_step(layers: Layers, model: Model, inputs: dict[str, Tensor], gradients
 # Rows
 
 
-def _rows(case: str, model: Model, dtype: str, measured: dict) -> list[Row]:
+def _rows(case: str, model: Model, dtype: str, tokens: int, measured: dict) -> list[Row]:
     seconds, saved, peak = measured["seconds"], measured["saved_bytes"], measured["peak_bytes"]
     found = []
     for name in seconds:
         taken = [model.blocks * value for value in seconds[name] if value is not None]
-        found.append(Row(f"{case}: {name}", statistics.median(taken), f"s, {model.blocks} blocks", spread=(min(taken), max(taken))))
+        spread = (min(taken), max(taken)) if len(taken) > 1 else None
+        found.append(Row(f"{case}: {name}", statistics.median(taken), f"s, {model.blocks} blocks", spread=spread))
         found.append(Row(f"{case}: {name}, saved", saved[name] / 2**20, "MiB a block", **_saved_target(name, model, saved)))
         found.append(Row(f"{case}: {name}, peak", peak[name] / 2**20, "MiB a block"))
     for name in [*BONE, PEFT_BAT]:
@@ -278,8 +280,18 @@ def _rows(case: str, model: Model, dtype: str, measured: dict) -> list[Row]:
             at_most = AT_MOST.get(name)
             target = {"at_most": at_most[dtype] if isinstance(at_most, dict) else at_most} if at_most and lora == near else {}
             found.append(_ratio(case, name, lora, seconds, **target))
+            if name == "col fused":
+                least = _least_of_col(model, tokens, lora)
+                found.append(Row(f"{case}: col fused, time at equal speed of all products", least, "ratio", lora))
     found.append(_ratio(case, "col fused", "col materialized", seconds, at_most=COL_TO_MATERIALIZED))
     return found
+
+
+def _least_of_col(model: Model, tokens: int, lora: str) -> float:
+    """Multiply-adds of col's products to those of LoRA's, forward and backward; see bone_ds/bone/README.md."""
+    rank = _methods(model)[lora]
+    col = sum(3 * tokens * out * in_ + 3 * out * in_ * RANK for _, out, in_ in model.layers.values())
+    return col / sum(2 * tokens * out * in_ + 3 * tokens * rank * (in_ + out) for _, out, in_ in model.layers.values())
 
 
 def _saved_target(name: str, model: Model, saved: dict[str, int]) -> dict:
@@ -291,7 +303,8 @@ def _saved_target(name: str, model: Model, saved: dict[str, int]) -> dict:
 
 def _ratio(case: str, name: str, other: str, seconds: dict[str, list], **target: float) -> Row:
     pairs = [(ours, theirs) for ours, theirs in zip(seconds[name], seconds[other]) if ours is not None]
-    return rows.ratio(f"{case}: {name}, time", *zip(*pairs), compared_with=other, **target)
+    row = rows.ratio(f"{case}: {name}, time", *zip(*pairs), compared_with=other, **target)
+    return row if len(pairs) > 1 else replace(row, spread=None)
 
 
 def _options() -> argparse.Namespace:

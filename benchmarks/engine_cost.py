@@ -37,8 +37,9 @@ from bone_ds.data import GlobalOrder, collate, load_samples
 from bone_ds.inject import inject
 from bone_ds.launch import Ranks
 from bone_ds.objective import Objective
+from bone_ds.resolution import DTYPES
 from bone_ds.step import optimizer_step
-from bone_ds.train import DTYPES, build_engine
+from bone_ds.train import build_engine
 
 STAGES = ("zero0", "zero1", "zero2")
 PLAIN = "plain torch"
@@ -204,11 +205,13 @@ def _be_one_rank() -> None:
 
 def _options() -> argparse.Namespace:
     options = parser(__doc__, "3 turns of the small RWKV6: shows that it runs")
-    options.add_argument("--smollm2", type=Path, required=True, help="directory of SmolLM2-135M")
+    options.add_argument("--smollm2", type=Path, help="directory of SmolLM2-135M; --quick does without")
     options.add_argument("--data", type=Path, required=True, help="directory with gsm8k_train.jsonl and tinyshakespeare.txt")
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--turns", type=int, default=12)
     given = options.parse_args()
+    if given.smollm2 is None and not given.quick:
+        options.error("--smollm2: is missing")
     given.turns = 3 if given.quick else given.turns
     return given
 

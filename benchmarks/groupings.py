@@ -3,7 +3,8 @@
 Every method trains 40 steps at three rates on one seed; the best is the lowest loss on a validation split, and where that is the
 highest or lowest rate tried, the next one is tried too, twice at most. At its best rate every method then trains 80 steps on two other
 seeds, and is judged on a test split that no rate was chosen on. A seed is the order of the data and LoRA's first matrix: all methods have
-the same samples in the same order. Budgets are as near as ranks allow and printed. Times are not compared.
+the same samples in the same order. Budgets are as near as ranks allow and printed. Times are not compared, so that a study may go on
+in another session or on another machine. A rate at which the loss is no longer finite counts as one of infinite loss.
 
     python benchmarks/groupings.py smollm2 --model DIR --data DIR --work DIR [--quick] [--json FILE]
     python benchmarks/groupings.py rwkv6 --model rwkv6-tiny-3m.pth --data DIR --work DIR [--quick] [--json FILE]
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import shutil
 import statistics
 from dataclasses import dataclass
@@ -23,6 +25,9 @@ from pathlib import Path
 
 from rows import Results, Row, parser
 from training_run import train, without_paths
+
+from bone_ds import arch
+from bone_ds.config import ModelConfig
 
 TUNING_SEED, SEEDS = 0, (1, 2)
 MOST_EXTENSIONS = 2
@@ -57,14 +62,20 @@ def main() -> None:
     study = STUDIES[options.study](options)
     methods = study.methods[::3] if options.quick else study.methods
     steps = (2, 3) if options.quick else (40, 80)
-    settings = {"study": options.study, "steps": steps, "config": without_paths(study.config), "seeds": [TUNING_SEED, *SEEDS]}
-    results = Results(options.json, settings, ("torch", "deepspeed", "transformers", "peft"), options.fresh, options.quick)
+    settings = {"study": options.study, "steps": steps, "config": _recorded(study.config), "seeds": [TUNING_SEED, *SEEDS]}
+    results = Results(options.json, settings, ("torch", "deepspeed", "transformers", "peft"), options.fresh, options.quick, timed=False)
     best = {method: _best_rate(study, method, steps[0], options, results) for method in methods}
     for seed in SEEDS[:1] if options.quick else SEEDS:
         for method in methods:
             _loss(study, method, best[method], steps[1], seed, study.test, options, results)
             results.write(_rows(best, steps, results))
     results.finish(_rows(best, steps, results))
+
+
+def _recorded(config: dict) -> dict:
+    """The config with the model's fingerprint for its name, which may be another one elsewhere."""
+    model = ModelConfig(**config["model"])
+    return without_paths(config) | {"model": config["model"] | {"path": arch.resolve(model).open(model).fingerprint}}
 
 
 def _best_rate(study: Study, method: Method, steps: int, options: argparse.Namespace, results: Results) -> int:
@@ -82,7 +93,11 @@ def _loss(study: Study, method: Method, index: int, steps: int, seed: int, held_
           results: Results) -> float:
     """Held-out loss after training, in nats a token."""
     name = _name(method, index, steps, seed)
-    return results.once(name, lambda: _train(study, method, index, steps, seed, held_out, options.work / "run"))["held_out_loss"]
+    return _held_out_loss(results.once(name, lambda: _train(study, method, index, steps, seed, held_out, options.work / "run")))
+
+
+def _held_out_loss(measured: dict) -> float:
+    return math.inf if measured["held_out_loss"] is None else measured["held_out_loss"]
 
 
 def _name(method: Method, index: int, steps: int, seed: int) -> str:
@@ -94,11 +109,13 @@ def _train(study: Study, method: Method, index: int, steps: int, seed: int, held
         "data": study.config["data"] | {"eval": str(held_out)},
         "train": study.config["train"] | {"steps": steps, "warmup_steps": steps // 15, "eval_every": steps, "seed": seed,
                                           "learning_rate": rate(index), "save_every": 0}}
-    run = train(config, directory, method.overrides)
-    losses = [step["loss"] for step in run.steps]
+    run = train(config, directory, method.overrides, may_diverge=True)
     shutil.rmtree(directory)
-    return {"trainable_parameters": run.start["trainable_parameters"], "held_out_loss_before": run.held_out_losses[0],
-            "held_out_loss": run.held_out_losses[-1], "train_loss_last_20": statistics.mean(losses[-20:])}
+    measured = {"trainable_parameters": run.start["trainable_parameters"], "held_out_loss_before": run.held_out_losses[0]}
+    if run.diverged or not math.isfinite(run.held_out_losses[-1]):
+        return measured | {"held_out_loss": None, "diverged_at_step": len(run.steps)}
+    return measured | {"held_out_loss": run.held_out_losses[-1],
+                       "train_loss_last_20": statistics.mean(step["loss"] for step in run.steps[-20:])}
 
 
 def _rows(best: dict[Method, int], steps: tuple[int, int], results: Results) -> list[Row]:
@@ -107,10 +124,10 @@ def _rows(best: dict[Method, int], steps: tuple[int, int], results: Results) -> 
     for method, index in best.items():
         at_best = [results.measured.get(_name(method, index, steps[1], seed)) for seed in SEEDS]
         tuned = results.measured[_name(method, index, steps[0], TUNING_SEED)]
-        losses[method.name] = [run["held_out_loss"] for run in at_best if run]
+        losses[method.name] = [_held_out_loss(run) for run in at_best if run]
         rows += [Row(f"{method.name}: trainable parameters", tuned["trainable_parameters"], "parameters"),
                  Row(f"{method.name}: best rate{_at_the_edge(method, index, steps[0], results)}", rate(index), "learning rate"),
-                 Row(f"{method.name}: validation loss, {steps[0]} steps", tuned["held_out_loss"], "nats a token"),
+                 Row(f"{method.name}: validation loss, {steps[0]} steps", _held_out_loss(tuned), "nats a token"),
                  *_over_seeds(f"{method.name}: test loss, {steps[1]} steps", losses[method.name])]
     ours, *others = best
     for other in others:

@@ -1,20 +1,26 @@
 """What a benchmark leaves: measurements, written as they are taken, and the rows that follow from them.
 
 The file of `--json` holds `provenance`, `settings`, `measured` (raw, by name) and `rows`. A benchmark that is started again goes on from
-it where commit, versions, machine and settings are the same; a file of others is begun anew.
+it where it was begun at a clean commit, no code has changed since, and versions, machine and settings are the same. Another file is
+begun beside one that doesn't fit, which is kept under another name.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from provenance import provenance
+from provenance import is_same_code, provenance
+
+_OF_A_MACHINE = ("machine", "processor", "cores", "python")
+"""What times depend on, and results hardly."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,14 @@ class Row:
                 and (self.below is None or self.figure < self.below))
 
     def as_json(self) -> dict:
-        return {"name": self.name, "figure": self.figure, "unit": self.unit, "compared_with": self.compared_with, "target": self.target,
-                "met": self.met, "spread": self.spread, "published": self.published}
+        return {"name": self.name, "figure": _in_json(self.figure), "unit": self.unit, "compared_with": self.compared_with,
+                "target": self.target, "met": self.met, "spread": self.spread and tuple(map(_in_json, self.spread)),
+                "published": self.published}
+
+
+def _in_json(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def ratio(name: str, ours: Iterable[float], theirs: Iterable[float], compared_with: str, **more: float | None) -> Row:
@@ -58,14 +70,28 @@ def ratio(name: str, ours: Iterable[float], theirs: Iterable[float], compared_wi
 class Results:
     """Measurements by name, each taken once: those of an earlier start are kept."""
 
-    def __init__(self, path: Path | None, settings: dict, packages: Iterable[str], fresh: bool, quick: bool = False):
-        """settings: what else makes measurements comparable, such as sizes. quick: too small for the targets, rows have none."""
+    def __init__(self, path: Path | None, settings: dict, packages: Iterable[str], fresh: bool, quick: bool = False, timed: bool = True):
+        """settings: what else makes measurements comparable, such as sizes. quick: too small for the targets, rows have none.
+
+        timed: whether times are measured; where they are not, another machine may go on. The provenance is that of the first start.
+        """
         self.path, self.quick = path, quick
         self.head = json.loads(json.dumps({"provenance": provenance(*packages), "settings": settings | {"quick": quick}}))
         self.measured: dict[str, dict] = {}
-        stored = json.loads(path.read_text()) if path and path.exists() and not fresh else {}
-        if all(stored.get(part) == value for part, value in self.head.items()):
+        if path is None or not path.exists():
+            return
+        stored = json.loads(path.read_text())
+        if not fresh and self._goes_on(stored, () if timed else _OF_A_MACHINE):
+            self.head = {part: stored[part] for part in self.head}
             self.measured = stored["measured"]
+        else:
+            print(f"{path}: is of another start or state of the code; kept as {_put_aside(path)}", flush=True)
+
+    def _goes_on(self, stored: dict, may_differ: tuple[str, ...]) -> bool:
+        then, now = stored.get("provenance", {}), self.head["provenance"]
+        compared = now.keys() - {"commit", *may_differ}
+        return (stored.get("settings") == self.head["settings"] and all(then.get(name) == now[name] for name in compared)
+                and is_same_code(then["commit"]))
 
     def once(self, name: str, measure: Callable[[], dict]) -> dict:
         if name not in self.measured:
@@ -94,6 +120,11 @@ class Results:
             published = "" if row.published is None else f"the paper {row.published:.3g}"
             notes = ", ".join(note for note in (row.compared_with, published, verdict) if note)
             print(f"{row.name:<{width}}{row.figure:>10.5g}  {row.unit:<16}{least:>11}{most:>11}  {notes}".rstrip())
+
+
+def _put_aside(path: Path) -> Path:
+    aside = next(name for number in itertools.count(1) if not (name := path.with_name(f"{path.name}.old{number}")).exists())
+    return path.rename(aside)
 
 
 def parser(description: str, quick: str) -> argparse.ArgumentParser:

@@ -67,7 +67,8 @@ def _planned_gib(config: dict, work: Path) -> float:
     """The resident set that `bone-ds plan` foresees."""
     path = work / "plan.yaml"
     path.write_text(json.dumps(config | {"output": {"directory": str(work / "planned")}}))
-    done = subprocess.run([sys.executable, "-m", "bone_ds", "plan", str(path), "--json"], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "bone_ds", "plan", str(path), "--ranks", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)["peak_bytes"] / GIB
 
 

@@ -83,8 +83,8 @@ def _check_modules(architecture: Architecture, layers: list, names: tuple[str, .
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"train.recompute_modules: a layer of {architecture.name} has no {name!r}, "
-                              f"choose among {', '.join(known)}{hint}")
+            raise ConfigError(f"activation_checkpointing.modules (train.recompute_modules): a layer of {architecture.name} has no "
+                              f"{name!r}, choose among {', '.join(known)}{hint}")
 
 
 def _bone_layers(model: nn.Module) -> dict[str, nn.Module]:

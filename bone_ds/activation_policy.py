@@ -72,6 +72,10 @@ def policy_of(config: RunConfig, origin: str, section: object) -> ActivationPoli
     policy = given.setdefault("policy", "layer" if given else "none")
     if "bone" in policy and config.adapter.method != "bone":
         raise ConfigError(f"{names['policy']}: {policy!r} needs adapter.method: bone, this is {config.adapter.method!r}; use none or layer")
+    adapter = config.adapter
+    if policy == "bone" and "cpu_checkpointing" in given and adapter.strategy != "materialized" and adapter.grouping != "left":
+        raise ConfigError(f"{names['cpu_checkpointing']}: True has no effect with {names['policy']}: 'bone', since adapter.strategy: "
+                          f"{adapter.strategy!r} keeps nothing that could wait on the host; use layer, or remove it")
     if "layer" in policy and "number_checkpoints" not in given:
         given.setdefault("every", 1)
     return ActivationPolicy(**given)

@@ -87,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     plan = commands.add_parser("plan", help="memory, FLOPs, steps and disk of a run before it starts",
-                               description="Reads no weights and needs no device. A model or data that aren't there yet are assumed.")
+                               description="Reads no weights (but a .gguf is converted once, as for training) and needs no device. "
+                                           "A model or data that aren't there yet are assumed.")
     plan.add_argument("config", help="YAML file; `bone-ds config` shows every field")
     plan.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a field of the file")
     plan.add_argument("--ranks", type=int, help="processes of the run (default: all GPUs, or 1)")
@@ -287,7 +288,7 @@ def _plan(options: argparse.Namespace, given: list[str]) -> int:
     from bone_ds import plan
     from bone_ds.plan.process import capacity_bytes as capacity_here
 
-    planned = plan.plan(config, world_size, device, capacity_bytes or capacity_here(device, min(world_size, max(1, gpus or world_size))))
+    planned = plan.plan(config, world_size, device, capacity_bytes or capacity_here(device, world_size))
     print(json.dumps(planned.as_dict(), indent=2) if options.json else plan.table(planned))
     return 0
 

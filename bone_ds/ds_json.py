@@ -134,7 +134,15 @@ def _check_sections(origin: str, given: dict) -> None:
             raise ConfigError(f"{origin}: {key}: is no section known here; {hint}")
         if value == "auto":
             raise ConfigError(f"{origin}: {key}: 'auto' is not filled in by anyone here; remove the line")
+        if value is None and key != "zero_optimization":
+            raise ConfigError(f"{origin}: {key}: null says nothing; remove the line")
+    _check_data_types(origin, given.get("data_types", {}))
     _check_zero(origin, given.get("zero_optimization"))
+
+
+def _check_data_types(origin: str, data_types: object) -> None:
+    if not isinstance(data_types, dict):
+        raise ConfigError(f"{origin}: data_types: is {data_types!r:.60}; give an object like {{\"grad_accum_dtype\": \"fp32\"}}")
 
 
 def _check_zero(origin: str, zero: object) -> None:
@@ -153,7 +161,11 @@ def _check_zero(origin: str, zero: object) -> None:
             near = difflib.get_close_matches(key, _ZERO, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "remove it"
             raise ConfigError(f"{origin}: zero_optimization.{key}: is no field known here; {hint}")
-        elif isinstance(value, (dict, list, str)) or value is not None and value < 0:
+        elif value is None and key == "overlap_comm":
+            continue  # DeepSpeed's own default: it goes by the stage
+        elif value is None:
+            raise ConfigError(f"{origin}: zero_optimization.{key}: null says nothing; give a number or remove the line")
+        elif isinstance(value, (dict, list, str)) or value < 0:
             raise ConfigError(f"{origin}: zero_optimization.{key}: {value!r} is neither true, false nor a number from 0 up")
 
 

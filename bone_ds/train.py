@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bone_ds import activation, adapter_file, arch, checkpoint, ds_json, plan
+from bone_ds import activation, adapter_file, arch, checkpoint, ds_json, plan, resolution
 from bone_ds import engine as engines
 from bone_ds.arch import Architecture, Source
 from bone_ds.config import RunConfig
@@ -19,15 +18,14 @@ from bone_ds.data import GlobalOrder, Samples, collate_chunks, deal, load_sample
 from bone_ds.engine import Engine
 from bone_ds.errors import BoneError, CheckpointError, ConfigError, DataError
 from bone_ds.evaluate import HeldOut
-from bone_ds.inject import check, inject, with_rank
+from bone_ds.inject import check, inject
 from bone_ds.launch import Ranks
 from bone_ds.objective import Objective
 from bone_ds.plan import Plan
 from bone_ds.progress import Progress, hold_log_lines, peak_memory_gib
+from bone_ds.resolution import DTYPES
 from bone_ds.run_directory import RunDirectory
 from bone_ds.step import learning_rate, optimizer_step
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -54,11 +52,11 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False, force: bool = F
         torch.manual_seed(config.train.seed)
         device = engines.device(ranks)
         architecture = arch.resolve(config.model)
-        _check_architecture(config, architecture)
+        resolution.check(config, architecture)
         source = architecture.open(config.model)
         if not engines.agree(source.fingerprint):
             raise CheckpointError(f"model.path: {config.model.path}: the ranks found different weights; give every host the same model")
-        config = _with_rank(config, architecture, source)
+        config = resolution.resolve(config, architecture, source)
         samples, held_out_samples = _load_data(config, architecture, source)
         order = GlobalOrder(samples, config.data.packing, config.data.max_length, config.train.global_batch_size, config.train.seed)
         held_out = held_out_samples and HeldOut(
@@ -66,9 +64,11 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False, force: bool = F
         steps = config.train.steps or order.steps_in_epochs(config.train.epochs or 1)
         if config.train.warmup_steps > steps:
             raise ConfigError(f"train.warmup_steps: {config.train.warmup_steps} is more than the run's {steps} steps")
-        planned = _plan(config, ranks, architecture, source, samples, order, device)
-        if planned and planned.fits is False and not force:
+        planned, plan_lines = _plan(config, ranks, architecture, source, samples, order, device)
+        if planned and planned.cannot_fit and not force:
             raise ConfigError(plan.refusal(planned))
+        for line in plan_lines if ranks.is_first else ():
+            print(line, flush=True)  # reading the weights takes a while, and the log is made after it
         engine = build_engine(config, architecture, source, ds, device)
 
         started = time.monotonic()
@@ -80,10 +80,12 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False, force: bool = F
         engines.barrier()
         if ranks.is_first:
             run.create(config, ds)
+            with run.log.open("a", encoding="utf-8") as log:
+                log.writelines(f"{line}\n" for line in plan_lines)
             run.record("start", step=first_step, steps=steps, world_size=ranks.world_size,
                        **_provenance(engine, source, samples, held_out_samples))
         progress = Progress(run.log if ranks.is_first else None, steps, first_step)
-        _announce(progress, engine, source, samples, held_out_samples, planned)
+        _announce(progress, engine, source, samples, held_out_samples)
         writer = _Writer(config, ranks, run, engine, architecture, source, samples)
         if resume:
             # The run may have ended between its last checkpoint and the adapter of it.
@@ -138,34 +140,32 @@ def build_engine(config: RunConfig, architecture: Architecture, source: Source, 
     return Engine(Objective(model, architecture, config.train.loss_chunk, config.train.l2wrap), trainable, ds)
 
 
-def _with_rank(config: RunConfig, architecture: Architecture, source: Source) -> RunConfig:
-    """The config with the rank that adapter.parameters asks for."""
-    if config.adapter.parameters is None:
-        return config
-    with torch.device("meta"):
-        model = architecture.build(source, DTYPES[config.model.dtype])
-    return config.model_copy(update={"adapter": with_rank(model, architecture, config.adapter)})
-
-
 def _plan(config: RunConfig, ranks: Ranks, architecture: Architecture, source: Source, samples: Samples, order: GlobalOrder,
-          device: torch.device) -> Plan | None:
-    """Made by rank 0 and told to all. None where the adapter doesn't fit the model, which `build_engine` says on every rank."""
-    planned = None
+          device: torch.device) -> tuple[Plan | None, list[str]]:
+    """Made by rank 0 and told to all, with the lines that say it.
+
+    None where the adapter doesn't fit the model, which `build_engine` says on every rank, and where planning itself fails: a run that
+    could be trained is not to end for that.
+    """
+    planned, lines = None, []
     if ranks.is_first:
-        held_bytes = plan.process.resident_bytes()
-        capacity_bytes = plan.process.capacity_bytes(device.type, ranks.local_world_size)
-        if device.type == "cpu":
-            capacity_bytes += held_bytes
-        with contextlib.suppress(BoneError):
-            planned = plan.of_run(config, ranks.world_size, architecture, source, samples, order, device.type, capacity_bytes, held_bytes)
-    return engines.told_by_first(planned)
+        try:
+            planned = _planned(config, ranks, architecture, source, samples, order, device)
+            lines = [plan.line(planned)] + [plan.warning(planned)] * (planned.fits is False)
+        except BoneError:
+            pass
+        except Exception as error:
+            lines = [f"plan: not possible: {type(error).__name__}: {' '.join(str(error).split())[:200]}"]
+    return engines.told_by_first((planned, lines))
 
 
-def _check_architecture(config: RunConfig, architecture: Architecture) -> None:
-    """Raises ConfigError for what this architecture has not."""
-    if config.train.chunk_length and not architecture.carries_state:
-        raise ConfigError(f"train.chunk_length: {config.train.chunk_length} needs an architecture that carries a state from chunk to "
-                          f"chunk, {architecture.name} has none; remove it")
+def _planned(config: RunConfig, ranks: Ranks, architecture: Architecture, source: Source, samples: Samples, order: GlobalOrder,
+             device: torch.device) -> Plan:
+    held_bytes = plan.process.resident_bytes()
+    capacity_bytes = plan.process.capacity_bytes(device.type, ranks.local_world_size)
+    if device.type == "cpu":
+        capacity_bytes += held_bytes
+    return plan.of_run(config, ranks.world_size, architecture, source, samples, order, device.type, capacity_bytes, held_bytes)
 
 
 def _load_data(config: RunConfig, architecture: Architecture, source: Source) -> tuple[Samples, Samples | None]:
@@ -191,10 +191,7 @@ def _evaluate(held_out: HeldOut | None, engine: Engine, run: RunDirectory, ranks
     return evaluation
 
 
-def _announce(progress: Progress, engine: Engine, source: Source, samples: Samples, held_out: Samples | None,
-              planned: Plan | None) -> None:
-    if planned:
-        progress.say(plan.line(planned))
+def _announce(progress: Progress, engine: Engine, source: Source, samples: Samples, held_out: Samples | None) -> None:
     trainable = _trainable_parameters(engine)
     progress.say(f"model {source.origin}: {trainable:,} trainable parameters in {len(engine.trainable)} tensors, {engine.world_size} ranks")
     progress.say(f"train {samples.report}")

@@ -280,8 +280,8 @@ def test_with_cpu_checkpointing_the_device_keeps_nothing_of_a_layer(tiny):
 @pytest.mark.parametrize(("policy", "says"), [
     (ActivationPolicy("layer", every=5), ["every (train.recompute_every): 5 is more than the model's 4 layers"]),
     (ActivationPolicy("bone+layer", number_checkpoints=5), ["number_checkpoints: 5 is more than the model's 4 layers"]),
-    ("llama", ["train.recompute_modules: a layer of llama has no 'mpl', choose among self_attn, ", "did you mean 'mlp'?"]),
-    ("rwkv", ["train.recompute_modules: a layer of rwkv has no 'ffnn', choose among ln1, ", "did you mean 'ffn'?"]),
+    ("llama", ["modules (train.recompute_modules): a layer of llama has no 'mpl', choose among self_attn, ", "did you mean 'mlp'?"]),
+    ("rwkv", ["modules (train.recompute_modules): a layer of rwkv has no 'ffnn', choose among ln1, ", "did you mean 'ffn'?"]),
 ])
 def test_layers_and_modules_that_the_model_lacks_are_refused(tiny, policy, says):
     if isinstance(policy, str):

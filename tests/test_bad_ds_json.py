@@ -100,6 +100,8 @@ BAD_ACTIVATION = [
     ({"every": 2}, ("train.recompute_every=3",), ["activation_checkpointing.every: 2 contradicts train.recompute_every: 3"]),
     ({"modules": ["mlp"]}, ("train.recompute_modules=[self_attn]",),
      ["activation_checkpointing.modules: ['mlp'] contradicts train.recompute_modules: ['self_attn']"]),
+    ({"cpu_checkpointing": True, "policy": "bone"}, (),
+     ["activation_checkpointing.cpu_checkpointing: True has no effect with", "adapter.strategy: 'auto' keeps nothing"]),
     ({"cpu_checkpointing": True}, ("train.activation_checkpointing=none",),
      ["activation_checkpointing.cpu_checkpointing: True has no meaning with train.activation_checkpointing: 'none'"]),
     ({"number_checkpoints": 4}, ("train.activation_checkpointing=bone",),
@@ -165,7 +167,8 @@ WHOLE_LAYERS = {"policy": "layer", "every": 1, "modules": None, "number_checkpoi
 def test_activation_checkpointing_follows_from_both_files(tmp_path, section, train, resolved):
     def resolve(given):
         (tmp_path / "ds.json").write_text(json.dumps(given))
-        return ds_json.resolve(run_config(deepspeed={"config": str(tmp_path / "ds.json")}, train=train), world_size=1)
+        built = {"strategy": "materialized"}
+        return ds_json.resolve(run_config(deepspeed={"config": str(tmp_path / "ds.json")}, train=train, adapter=built), world_size=1)
 
     once = resolve(ZERO | ({} if section is None else {"activation_checkpointing": section}))
     assert once["activation_checkpointing"] == resolved

@@ -1,9 +1,11 @@
 """The plan: what it counts against hand counts, the real engine and real files; what it says of runs that can't fit."""
 
 import json
-from dataclasses import asdict
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import config_tree, write_model, write_rows, write_zero3
@@ -11,10 +13,11 @@ from tiny_llama import save_tiny
 
 from bone_ds import arch, ds_json, plan
 from bone_ds.cli import main
-from bone_ds.config import validate
-from bone_ds.errors import CheckpointError, ConfigError
+from bone_ds.config import dump_yaml, load_config, validate
+from bone_ds.data import Samples
+from bone_ds.errors import CheckpointError, ConfigError, DataError
 from bone_ds.launch import Ranks
-from bone_ds.plan import trace, zero
+from bone_ds.plan import process, trace, workload, zero
 from bone_ds.plan.process import parse_bytes
 from bone_ds.train import train
 
@@ -55,6 +58,7 @@ def test_published_sizes(model, adapter, trainable):
     planned = plan.plan(config_of(model, adapter=adapter), 1, "cuda")
     assert planned.trainable_parameters == trainable
     assert sum(planned.by_component.values()) == planned.peak_bytes > planned.live_peak_bytes
+    assert sum(planned.live_by_component.values()) == planned.live_peak_bytes
     # at 512 tokens and without recomputation, forward is twice the parameters a token but for the embedding
     assert 0.8 < planned.flops.forward / (8 * 2 * planned.parameters * 512) < 1.25
     assert len(planned.notes) == 2 and "is not there" in planned.notes[1]
@@ -134,43 +138,209 @@ def test_a_run_that_fits_says_so_and_leaves_files_of_the_planned_size(tiny, alon
     assert planned.checkpoint_bytes == pytest.approx(state, rel=0.1)
     assert planned.adapter_bytes == pytest.approx((run / "adapter.safetensors").stat().st_size, rel=0.1)
     assert planned.workload.steps == 2 and planned.workload.report["kept"] == 40
+    assert (run / "log.txt").read_text().splitlines()[0] == lines[0]
 
 
-def test_a_run_that_cannot_fit_is_refused_and_writes_nothing(tiny, alone, monkeypatch):
+def test_the_plan_is_said_before_the_weights_are_read(tiny, alone, monkeypatch, capsys):
+    def read(*_):
+        raise RuntimeError(capsys.readouterr().out)
+
+    monkeypatch.setattr("bone_ds.train.build_engine", read)
+    with pytest.raises(RuntimeError, match="plan: .* GiB a rank"):
+        train(validate(tiny, "case"), alone)
+
+
+def test_a_run_that_cannot_fit_is_refused_and_writes_nothing(tiny, tmp_path, alone, monkeypatch, capsys):
     config = validate(tiny, "case")
+    (tmp_path / "run.yaml").write_text(dump_yaml(config))
     monkeypatch.setattr(plan.process, "capacity_bytes", lambda device, ranks: -2**33)
-    with pytest.raises(ConfigError, match=r"this run needs .* GiB a rank.*are there(.|\n)*--force"):
-        train(config, alone)
+    assert main(["train", str(tmp_path / "run.yaml")]) == 2
+    assert re.search(r"this run needs .* GiB a rank.*are there(.|\n)*--force", capsys.readouterr().err)
     assert not Path(config.output.directory).exists()
     assert train(config, alone, force=True).steps == 2
 
 
-def test_changes_that_would_fit():
-    config = config_of("meta-llama/Llama-2-7b-hf", adapter={"strategy": "materialized"}, train={"micro_batch_size": 4},
-                       data={"max_length": 1024})
-    planned = plan.plan(config, 1, "cuda", 24 * 2**30)
+def test_a_run_that_may_not_fit_is_warned_of(tiny, alone, monkeypatch, capsys):
+    """The few tensors fit into 50 MiB, the slack that a process may take doesn't."""
+    monkeypatch.setattr(plan.process, "capacity_bytes", lambda device, ranks: 50 * 2**20)
+    assert train(validate(tiny, "case"), alone).steps == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("plan: ") and lines[1].startswith("may not fit: ")
+
+
+def test_a_plan_that_fails_does_not_end_a_training(tiny, alone, monkeypatch, capsys):
+    def of_run(*_):
+        raise NotImplementedError("no such\noperator")
+
+    monkeypatch.setattr(plan, "of_run", of_run)
+    assert train(validate(tiny, "case"), alone).steps == 2
+    assert capsys.readouterr().out.splitlines()[0] == "plan: not possible: NotImplementedError: no such operator"
+
+
+def test_verdicts():
+    planned = plan.plan(config_of("RWKV-x060-World-1B6.pth"), 1, "cuda")
+    assert planned.fits is planned.cannot_fit is None
+    slack = planned.by_component["slack"]
+    for capacity_bytes, fits, cannot_fit, word in (
+            (planned.peak_bytes, True, False, "fits: "), (planned.peak_bytes - 1, False, False, "may not fit: "),
+            (planned.peak_bytes - slack, False, False, "may not fit: "), (planned.peak_bytes - slack - 1, False, True, "does not fit: ")):
+        told = replace(planned, capacity_bytes=capacity_bytes)
+        assert (told.fits, told.cannot_fit) == (fits, cannot_fit)
+        assert f"\n{word}" in plan.table(told)
+    unsure = replace(planned, capacity_bytes=1, complete=False)
+    assert unsure.cannot_fit is False and "may not fit: " in plan.table(unsure)
+
+
+def as_changed(config, change, path):
+    """The config after the words of a change, as the command line reads them."""
+    path.write_text(dump_yaml(config))
+    return load_config(path, [word for word in str(change).split() if "=" in word])
+
+
+@pytest.mark.parametrize("model, device, share, sections", [
+    ("SmolLM2-135M", "cuda", 0.6, {"adapter": {"strategy": "materialized"}, "train": {"micro_batch_size": 4}}),
+    ("SmolLM2-135M", "cuda", 0.8, {"train": {"recompute_modules": ["mlp"], "micro_batch_size": 2}, "data": {"max_length": 2048}}),
+    ("RWKV-x060-World-1B6.pth", "cuda", 0.985, {"train": {"chunk_length": 128, "micro_batch_size": 2, "global_batch_size": 2}})])
+def test_changes_that_would_fit(tmp_path, model, device, share, sections):
+    config = config_of(model, **sections)
+    capacity_bytes = int(share * plan.plan(config, 1, device).peak_bytes)
+    planned = plan.plan(config, 1, device, capacity_bytes)
     assert planned.fits is False and planned.changes
-    assert all(change.peak_bytes <= planned.capacity_bytes for change in planned.changes)
-    assert "does not fit" in plan.table(planned) and str(planned.changes[0]) in plan.refusal(planned)
-    section, _, field = next(iter(planned.changes[0].overrides)).partition(".")
-    changed = config.model_copy(update={section: getattr(config, section).model_copy(update={field: next(iter(
-        planned.changes[0].overrides.values()))})})
-    assert plan.plan(changed, 1, "cuda", 24 * 2**30).peak_bytes == planned.changes[0].peak_bytes
+    costs = [(not change.same_results, change.flops_ratio) for change in planned.changes]
+    assert costs == sorted(costs)
+    assert "not fit" in plan.table(planned) and str(planned.changes[0]) in plan.refusal(planned)
+    for change in (planned.changes[0], planned.changes[-1]):
+        again = plan.plan(as_changed(config, change, tmp_path / "run.yaml"), change.overrides.get("--ranks", 1), device)
+        assert again.peak_bytes == change.peak_bytes <= capacity_bytes
+        assert change.flops_ratio == pytest.approx(again.flops.total * again.world_size / planned.flops.total, abs=0.01)
+    if config.train.chunk_length:
+        named = {field for change in planned.changes for field in change.overrides}
+        assert "train.chunk_length" in named and not named & {"data.max_length", "train.micro_batch_size"}
+    if config.train.recompute_modules:
+        assert any("train.recompute_modules=null" in str(change) for change in planned.changes)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_changes_are_dealt_batches_of_their_own(tiny, tmp_path, packing):
+    """Of real samples, whose lengths differ."""
+    tiny["data"] |= {"packing": packing}
+    tiny["train"] |= {"micro_batch_size": 4, "loss_chunk": 16}
+    tiny["adapter"] = {"method": "lora", "rank": 4}
+    config = validate(tiny, "case")
+    planned = plan.plan(config, 1, "cpu", plan.plan(config, 1, "cpu").peak_bytes - 1)
+    assert planned.changes and not any("--ranks" in change.overrides for change in planned.changes)  # they would share this memory
+    half = next(change for change in planned.changes if change.overrides == {"train.micro_batch_size": 2})
+    changed = plan.plan(as_changed(config, half, tmp_path / "run.yaml"), 1, "cpu")
+    assert changed.peak_bytes == half.peak_bytes
+    assert planned.workload.heaviest["tokens"] / 2 <= changed.workload.heaviest["tokens"] < planned.workload.heaviest["tokens"]
+
+
+def test_a_shorter_length_that_changes_nothing_is_not_offered(tiny):
+    """The longest sample has fewer tokens than half of data.max_length."""
+    tiny["data"] |= {"max_length": 2048}
+    tiny["train"] |= {"micro_batch_size": 1, "loss_chunk": 16}
+    planned = plan.plan(validate(tiny, "case"), 1, "cpu")
+    planned = plan.plan(validate(tiny, "case"), 1, "cpu", planned.peak_bytes - 1)
+    assert planned.fits is False and not any("data.max_length" in change.overrides for change in planned.changes)
+
+
+def test_cut_samples():
+    samples = Samples(np.zeros(60, np.int32), np.array([0, 10, 40, 60]), np.array([4, 25, 2], np.int32), 0, None)
+    for overlong, lengths, prompts in (("truncate", [10, 20], [4, 2]), ("drop", [10, 20], [4, 2])):
+        cut = workload.cut(samples, config_of("m.pth", data={"max_length": 20, "overlong": overlong}).data)
+        assert cut.lengths.tolist() == lengths and cut.prompt_lengths.tolist() == prompts
+    with pytest.raises(DataError, match="data.max_length: 8 leaves no sample"):
+        workload.cut(replace(samples, prompt_lengths=np.array([9, 25, 12], np.int32)), config_of("m.pth", data={"max_length": 8}).data)
+
+
+def test_documents_weigh_where_each_has_a_state():
+    shapes = [trace.Shape((100,), 50), trace.Shape((24,) * 4, 60)]
+    assert len(workload._heaviest(shapes, 0).document_lengths) == 1
+    assert len(workload._heaviest(shapes, 16).document_lengths) == 4
+
+
+def test_inputs_in_host_memory_are_not_the_device_s(tmp_path):
+    def planned(device, **section):
+        (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 0}, "activation_checkpointing": section}))
+        return plan.plan(config_of("SmolLM2-135M", deepspeed={"config": str(tmp_path / "ds.json")}), 1, device)
+
+    kept, moved = planned("cuda", policy="layer"), planned("cuda", policy="layer", cpu_checkpointing=True)
+    inputs_bytes = 30 * 512 * 576 * 2  # every layer's (T, C) in bf16
+    assert kept.by_component["activations"] - moved.by_component["activations"] == pytest.approx(inputs_bytes, rel=0.1)
+    assert kept.flops == moved.flops and any("cpu_checkpointing" in note for note in moved.notes)
+    kept, moved = planned("cpu", policy="layer"), planned("cpu", policy="layer", cpu_checkpointing=True)
+    assert kept.by_component == moved.by_component
+
+
+def test_what_is_not_planned_is_said_and_nothing_refused(tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}')
+    planned = plan.plan(config_of("SmolLM2-135M", deepspeed={"config": str(tmp_path / "ds.json")}), 2, "cuda")
+    planned = replace(planned, capacity_bytes=2**20)
+    assert planned.fits is False and planned.cannot_fit is False
+    assert any("not planned: zero_optimization.zero_hpz_partition_size" in note for note in planned.notes)
+
+
+@pytest.mark.parametrize("text, field", [
+    ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": null}}', "zero_optimization.reduce_bucket_size"),
+    ('{"zero_optimization": {"stage": 2}, "data_types": null}', "data_types"),
+    ('{"zero_optimization": {"stage": 2}, "data_types": "fp32"}', "data_types")])
+def test_null_in_the_json_is_refused(tmp_path, text, field):
+    (tmp_path / "ds.json").write_text(text)
+    with pytest.raises(ConfigError, match=f"ds.json: {field}: "):
+        plan.plan(config_of("RWKV-x060-World-1B6.pth", deepspeed={"config": str(tmp_path / "ds.json")}), 1)
+
+
+def test_chunks():
+    """A chunk's memory is that of so many tokens, a step's work that of all."""
+    model, length = "RWKV-x060-World-1B6.pth", {"max_length": 512}
+    whole, chunked = (plan.plan(config_of(model, data=length, train=train), 1, "cuda") for train in ({}, {"chunk_length": 64}))
+    assert chunked.by_component["activations"] == pytest.approx(whole.by_component["activations"] / 8, rel=0.2)
+    assert chunked.flops.total == pytest.approx(whole.flops.total, rel=0.05)
+    with pytest.raises(ConfigError, match="train.chunk_length: 64 needs an architecture that carries a state"):
+        plan.plan(config_of("SmolLM2-135M", data=length, train={"chunk_length": 64}), 1)
+
+
+def test_a_named_tokenizer_that_is_not_there_is_refused(tmp_path):
+    data = {"train": str(write_rows(tmp_path / "rows.jsonl")), "prompt": "template", "template": "{q}=", "completion": "{a}"}
+    with pytest.raises(CheckpointError, match="nowhere.txt"):
+        plan.plan(config_of("RWKV-x060-World-1B6.pth", model={"tokenizer": str(tmp_path / "nowhere.txt")}, data=data), 1)
+    assert "no tokenizer: " in plan.plan(config_of("meta-llama/Llama-2-7b-hf", data=data), 1).notes[1]
+
+
+@pytest.mark.parametrize("group, stat", [(0, "anon 5\ninactive_file 300\nactive_file 200\n"),
+                                         (1, "inactive_file 7\ntotal_inactive_file 300\ntotal_active_file 200\n")])
+def test_pages_of_files_are_free_in_a_control_group(tmp_path, group, stat):
+    group = replace(process._CONTROL_GROUPS[group], directory=tmp_path)
+    assert process._control_group_bytes(group) is None
+    for name, text in {group.limit: "1000\n", group.used: "900\n", "memory.stat": stat}.items():
+        (tmp_path / name).write_text(text)
+    assert process._control_group_bytes(group) == 600
+    (tmp_path / group.limit).write_text("max\n")
+    assert process._control_group_bytes(group) is None
+
+
+def test_all_ranks_share_the_memory_of_a_cpu(tmp_path, monkeypatch, capsys):
+    (tmp_path / "run.yaml").write_text(dump_yaml(config_of("RWKV-x060-World-1B6.pth")))
+    monkeypatch.setattr("bone_ds.launch.count_gpus", lambda: 1)
+    monkeypatch.setattr(process, "capacity_bytes", lambda device, ranks: {("cpu", 4): 2**50}[device, ranks])
+    assert main(["plan", str(tmp_path / "run.yaml"), "--device", "cpu", "--ranks", "4"]) == 0
+    assert f"of {2**20:.1f} GiB" in capsys.readouterr().out
 
 
 def test_json(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("model: {path: RWKV-x060-World-1B6.pth}\ndata: {train: a.jsonl}\noutput: {directory: run}\n")
     assert main(["plan", str(tmp_path / "run.yaml"), "train.steps=5", "--device-memory", "24GiB", "--ranks", "2", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told.keys() == {*asdict(plan.plan(config_of("RWKV-x060-World-1B6.pth"), 2)), "fits"}
+    assert told.keys() == {*asdict(plan.plan(config_of("RWKV-x060-World-1B6.pth"), 2)), "fits", "cannot_fit", "needed_bytes"}
     assert told["fits"] is True and told["workload"]["steps"] == 5 and told["device"] == "cuda" and told["world_size"] == 2
     assert sum(told["by_component"].values()) == told["peak_bytes"]
     assert told["flops"]["total"] == sum(told["flops"][part] for part in ("forward", "backward", "recomputed"))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from inside torch and deepspeed
-@pytest.mark.parametrize("stage, dtype", [(0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32")])
-def test_against_the_engine(tiny, alone, tmp_path, stage, dtype):
+@pytest.mark.parametrize("stage, dtype, more", [
+    (0, "bf16", {}), (1, "fp32", {}), (2, "bf16", {}), (3, "fp32", {}), (1, "bf16", {"data_types": {"grad_accum_dtype": "float32"}})])
+def test_against_the_engine(tiny, alone, tmp_path, stage, dtype, more):
     """Live bytes of the real engine on one rank, in a step of several micro-batches."""
     from bone_ds import engine as engines
     from bone_ds.data import GlobalOrder, collate, deal, load_samples
@@ -178,8 +348,10 @@ def test_against_the_engine(tiny, alone, tmp_path, stage, dtype):
     from bone_ds.step import optimizer_step
     from bone_ds.train import build_engine
 
-    name = f"zero{stage}"
-    tiny["deepspeed"]["config"], tiny["model"]["dtype"] = str(write_zero3(tmp_path / "ds.json")) if stage == 3 else name, dtype
+    zero_section = json.loads(write_zero3(tmp_path / "ds.json").read_text())["zero_optimization"] if stage == 3 else {"stage": stage}
+    zero_section["reduce_bucket_size"] = 2000  # it is not to hide the rest
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero_section} | more))
+    tiny["deepspeed"]["config"], tiny["model"]["dtype"] = str(tmp_path / "ds.json"), dtype
     config = validate(tiny, "case")
     planned = plan.plan(config, 1, "cpu")
     live = LiveMemory()

@@ -3,18 +3,22 @@
 import csv
 import json
 import re
+import time
+from argparse import Namespace
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from bone_ds import launch
 from bone_ds.cli import main
 from bone_ds.config import load_config
-from bone_ds.errors import ConfigError
+from bone_ds.errors import CheckpointError, ConfigError, InjectionError
 from bone_ds.live import Moment
-from bone_ds.profile import memory, page, plots, report, summary, table, turns
+from bone_ds.profile import memory, page, plots, report, summary, table, turns, worker
 from bone_ds.profile.clock import Span
 from bone_ds.profile.measurement import COMPONENTS, Failure, Kinds, Measurement, Memory, Step, read
 from bone_ds.profile.summary import LABEL_TOKENS, RESIDENT, STEP, Spread, Summary, ratio
@@ -180,7 +184,7 @@ def test_variants(config, tmp_path):
     texts = ["row r=4: data.max_length=64", "lora: adapter.method=lora adapter.rank=3 adapter.targets='[q_proj, v_proj]'", "more.yaml"]
     found = {variant.name: variant for variant in variants(config, ["adapter.rank=4"], texts)}
     assert list(found) == ["row r=4", "lora", "col", "as it is"]
-    assert found["row r=4"].config.data.max_length == 64 and found["row r=4"].file_name == "row-r=4"
+    assert found["row r=4"].config.data.max_length == 64 and found["row r=4"].file_name == "1-row-r=4"
     lora = found["lora"].config.adapter
     # grouping means nothing to lora and falls away, layers stay
     assert (lora.method, lora.rank, lora.targets, lora.layers) == ("lora", 3, ("q_proj", "v_proj"), (0, 1))
@@ -191,6 +195,11 @@ def test_variants(config, tmp_path):
     assert found["as it is"].config == load_config(config, ["adapter.rank=4"])
 
 
+def test_names_without_latin_letters_have_files_of_their_own(config):
+    found = variants(config, [], ["行: adapter.rank=4", "列: adapter.rank=8"])
+    assert [variant.name for variant in found] == ["行", "列"] and [variant.file_name for variant in found] == ["1", "2"]
+
+
 @pytest.mark.parametrize("arguments, says", [
     (["--compare", "adapter.rank=4"], ["--compare 'adapter.rank=4'", "no name"]),
     (["--compare", "data.prompt=text: adapter.rank=4"], ["has no name"]),
@@ -199,6 +208,8 @@ def test_variants(config, tmp_path):
     (["--compare", "a: adapter.gruoping=col"], ["--compare 'a': adapter.gruoping", "did you mean 'grouping'?"]),
     (["--compare", "a: adapter.method=lorra"], ["--compare 'a': adapter.method", "lorra"]),
     (["--compare", "a: adapter.rank=4", "--compare", "a: adapter.rank=8"], ["two variants are called 'a'"]),
+    (["--compare", "twice.yaml"], ["two variants are called 'a'"]),
+    (["--compare", "empty.yaml"], ["empty.yaml", "NAME: section.key=value"]),
     (["--compare", "gone.yaml"], ["gone.yaml", "can't be read"]),
     (["--compare", "list.yaml"], ["list.yaml", "NAME: section.key=value"]),
     (["--compare", "a: adapter.rank=4", "--to", "b"], ["--to: 'b'", "choose one of a"]),
@@ -212,7 +223,8 @@ def test_variants(config, tmp_path):
     (["--ranks", "0"], ["--ranks: 0 is too small"]),
 ], ids=str)
 def test_refused_in_a_line(config, tmp_path, capsys, arguments, says):
-    (tmp_path / "list.yaml").write_text("[a, b]\n")
+    for name, text in {"list": "[a, b]", "twice": "a: adapter.rank=4\na: adapter.rank=8", "empty": "{}"}.items():
+        (tmp_path / f"{name}.yaml").write_text(f"{text}\n")
     before = sorted(tmp_path.rglob("*"))
     assert main(["profile", config, *arguments]) == 2
     output = capsys.readouterr()
@@ -233,11 +245,9 @@ def started(codes):
     starts = []
 
     def start(arguments, ranks):
-        from pathlib import Path
-
         out = Path(arguments[arguments.index("--worker") + 1])
         starts.append((out.stem, "--timing-only" in arguments, ranks))
-        code = codes[out.stem.rpartition("-")[0]]
+        code = codes[int(out.stem[0]) - 1]
         if code == 0:
             turn().write(out)
         if code == 3:
@@ -248,26 +258,118 @@ def started(codes):
 
 
 def test_what_does_not_fit_is_told_and_the_others_go_on(config, tmp_path, monkeypatch):
-    start, starts = started({"fits": 0, "killed": 137, "refused-memory": 3, "also-fits": 0})
+    start, starts = started([0, 137, 3, 0])
     monkeypatch.setattr(launch, "start", start)
     texts = ["fits:", "killed: adapter.rank=4", "refused memory:", "also fits:"]
     results = turns.measure(variants(config, [], texts), 2, 1, 2, tmp_path / "out", lambda line: None)
     assert [len(result.turns) for result in results] == [2, 0, 0, 2]
     assert [result.failure and result.failure.reason[:20] for result in results] == [
         None, "does not fit: the sy", "does not fit: 3 GiB ", None]
-    assert starts == [("fits-1", False, 2), ("killed-1", False, 2), ("refused-memory-1", False, 2), ("also-fits-1", False, 2),
-                      ("also-fits-2", True, 2), ("fits-2", True, 2)]  # the second turn the other way round
-    assert load_config(tmp_path / "out/configs/killed.yaml").adapter.rank == 4
-    assert read(tmp_path / "out/turns/fits-2.json") == turn()
+    assert starts == [("1-fits-1", False, 2), ("2-killed-1", False, 2), ("3-refused-memory-1", False, 2), ("4-also-fits-1", False, 2),
+                      ("4-also-fits-2", True, 2), ("1-fits-2", True, 2)]  # the second turn the other way round
+    assert load_config(tmp_path / "out/configs/2-killed.yaml").adapter.rank == 4
+    assert read(tmp_path / "out/turns/1-fits-2.json") == turn()
 
 
-@pytest.mark.parametrize("code, ends", [(2, 2), (130, 130), (0, 1)])
-def test_a_worker_that_refuses_its_config_ends_it_all(config, tmp_path, monkeypatch, code, ends):
-    monkeypatch.setattr(launch, "start", lambda arguments, ranks: code)
-    assert main(["profile", config, "--ranks", "1", "--out", str(tmp_path / "out")]) == ends
+@pytest.mark.parametrize("code, reason", [(139, "ended by signal 11"), (134, "ended by signal 6"), (1, "ended with exit code 1")])
+def test_a_worker_that_crashes_is_told_and_the_others_go_on(config, tmp_path, monkeypatch, code, reason):
+    monkeypatch.setattr(launch, "start", started([0, code])[0])
+    results = turns.measure(variants(config, [], ["whole:", "broken:"]), 1, 1, 2, tmp_path / "out", lambda line: None)
+    assert [len(result.turns) for result in results] == [2, 0] and results[1].failure == Failure(reason)
+
+
+def test_timings_outlive_the_instruments(config, tmp_path, monkeypatch, capsys):
+    """The worker writes what it has timed before the steps with instruments, and is killed in these."""
+    def start(arguments, ranks):
+        replace(turn(), kinds=None, memory=None).write(Path(arguments[arguments.index("--worker") + 1]))
+        return 137
+
+    monkeypatch.setattr(launch, "start", start)
+    monkeypatch.setattr(report, "_plan", lambda *arguments: None)
+    assert main(["profile", config, "--ranks", "1", "--out", str(tmp_path / "out")]) == 0
+    assert "2 s a step, timed alone" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"time_by_part.png", "overview.png"}
+
+
+@pytest.mark.parametrize("code, ends, kept", [(2, 2, False), (130, 130, True), (143, 143, True), (0, 1, True)])
+def test_a_worker_that_refuses_its_config_or_is_told_to_end_ends_it_all(config, tmp_path, monkeypatch, code, ends, kept):
+    """Ctrl-C keeps the turns that are over, and doesn't take the one that has its timings for such."""
+    codes = [0, code]
+
+    def start(arguments, ranks):
+        if len(codes) == 2 or code == 130:
+            turn().write(Path(arguments[arguments.index("--worker") + 1]))
+        return codes.pop(0)
+
+    monkeypatch.setattr(launch, "start", start)
+    monkeypatch.setattr(report, "_plan", lambda *arguments: None)
+    assert main(["profile", config, "--ranks", "1", "--turns", "3", "--out", str(tmp_path / "out")]) == ends
+    assert (tmp_path / "out/turns/1-run-1.json").exists() == kept and codes == []
+
+
+def test_what_the_plan_refuses_ends_it_before_anything_is_measured(config, tmp_path, monkeypatch, capsys):
+    def plan(variant, *arguments, **named):
+        raise {4: CheckpointError("no sizes"), 8: InjectionError("adapter.rank: 8 divides no layer")}[variant.adapter.rank]
+
+    monkeypatch.setattr(report.plans, "plan", plan)
+    monkeypatch.setattr(launch, "start", None)
+    texts = ["--compare", "small: adapter.rank=4", "--compare", "as it is:"]
+    assert main(["profile", config, "--ranks", "1", "--out", str(tmp_path / "out"), *texts]) == 2
+    output = capsys.readouterr()
+    assert output.out == "small: no prediction: no sizes\n" and output.err == "bone-ds: as it is: adapter.rank: 8 divides no layer\n"
     assert not (tmp_path / "out").exists()
 
 
-def test_no_variant_of_that_name():
+class SleepingEngine:
+    """Its parts take known times."""
+
+    world_size = 1
+
+    def losses(self, batches):
+        for _ in batches:
+            time.sleep(0.03)
+            yield torch.ones(())
+
+    def backward(self, loss, boundary):
+        time.sleep(0.05)
+
+    def update(self, learning_rate):
+        time.sleep(0.02)
+        return 1.0
+
+
+def test_a_clock_outside_shows_the_same_step(config, monkeypatch):
+    """Two micro-batches; the sums over the ranks are of the rest."""
+    monkeypatch.setattr(worker.engines, "barrier", lambda: None)
+    monkeypatch.setattr("bone_ds.step.engines.total", lambda values, device: (time.sleep(0.04), values)[1])
+    batch = Namespace(tokens=torch.zeros(1, 7, dtype=torch.long))
+    run = Namespace(config=load_config(config), device=torch.device("cpu"), engine=SleepingEngine(), steps=3,
+                    batches=lambda window: (time.sleep(0.01), [batch, batch])[1])
+    started = time.monotonic()
+    step = worker._Run.timed(run, Namespace(label_tokens=5, unit_tokens=[3, 4]))
+    outside_s = time.monotonic() - started
+    assert step.total_s == pytest.approx(outside_s, abs=0.01)
+    assert step.parts_s == pytest.approx({"data": 0.01, "forward": 0.06, "backward": 0.10, "optimizer": 0.02, "rest": 0.04}, abs=0.015)
+    assert (step.positions, step.tokens, step.label_tokens) == (14, 7, 5)
+
+
+@pytest.mark.parametrize("changes, title", [
+    ([], "Bone row, r = 8"), (["adapter.parameters=20000"], "Bone row, 12,345 parameters"),
+    (["adapter.method=lora", "adapter.parameters=20000"], "LoRA, 12,345 parameters")])
+def test_the_title_says_what_was_trained(config, changes, title):
+    variant = variants(config, [], [f"a: {' '.join(changes)}"])[0]
+    assert page._title([Summary(Result(variant, [turn()]), None)]) == title
+
+
+def test_arithmetic_is_that_of_the_tokens_that_were_timed(config):
+    """The plan's mean step has 600 tokens, the timed ones 300 of 2 s and of 4 s; the peak is the median of the turns'."""
+    plan = Namespace(flops=Namespace(total=6e12), workload=Namespace(tokens_per_step=600.0))
+    slow = replace(turn(4.0), matrix_peak_flops=3e11)
+    summary = Summary(Result(Variant("row", load_config(config)), [turn(2.0), slow]), plan)
+    assert summary.flops == pytest.approx(6e12 * (150 + 75) / 2 / 600)
+    assert summary.matrix_peak_flops == 2e11 and summary.share_of_matrix_peak == pytest.approx(summary.flops / 2e11)
+
+
+def test_no_such_config():
     with pytest.raises(ConfigError, match="can't be read"):
         variants("absent.yaml", [], [])

@@ -13,17 +13,18 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from bone_ds import arch, ds_json
+from bone_ds import arch, ds_json, resolution
 from bone_ds.arch import Architecture, Source
 from bone_ds.config import RunConfig
 from bone_ds.data import GlobalOrder, Samples, load_samples
 from bone_ds.errors import CheckpointError
-from bone_ds.plan import changes, memory, process, trace, workload
+from bone_ds.plan import changes, memory, process, trace, workload, zero
 from bone_ds.plan.report import Change, Flops, Plan, Workload
-from bone_ds.plan.table import line, refusal, table
-from bone_ds.plan.trace import DTYPES, Shape, Trace
+from bone_ds.plan.table import line, refusal, table, warning
+from bone_ds.plan.trace import Shape, Trace
+from bone_ds.resolution import DTYPES
 
-__all__ = ["Change", "Flops", "Plan", "Workload", "line", "of_run", "plan", "process", "refusal", "table"]
+__all__ = ["Change", "Flops", "Plan", "Workload", "line", "of_run", "plan", "process", "refusal", "table", "warning"]
 
 _MANY_STEPS = 1000
 """Where the number of steps isn't known."""
@@ -31,52 +32,76 @@ _FILE_HEADER_BYTES = 90
 """Of one tensor in a safetensors file, about."""
 
 
-def plan(config: RunConfig, world_size: int, device: str = "cpu", capacity_bytes: int | None = None) -> Plan:
+def plan(config: RunConfig, world_size: int, device: str = "cpu", capacity_bytes: int | None = None, steps: int | None = None) -> Plan:
     """Plans from the files that are there; what isn't is assumed and said in `notes`. Raises BoneError.
 
-    device: cpu or cuda, of the run, not of this process. capacity_bytes: of one rank.
+    device: cpu or cuda, of the run, not of this process. capacity_bytes: of one rank. steps: after how many the
+    resident set is read (cpu), which grows with them; default the whole run.
     """
     architecture = arch.resolve(config.model)
+    resolution.check(config, architecture)
     source = architecture.outline(config.model)
     notes = [] if source.fingerprint else [f"{config.model.path}: the weights are not there; planned from the sizes of {source.origin}"]
     samples, missing = _samples(config, architecture, source)
     return of_run(config, world_size, architecture, source, samples, device=device, capacity_bytes=capacity_bytes,
-                  notes=(*notes, *missing))
+                  notes=(*notes, *missing), steps=steps)
 
 
 def of_run(config: RunConfig, world_size: int, architecture: Architecture, source: Source, samples: Samples | None,
            order: GlobalOrder | None = None, device: str = "cpu", capacity_bytes: int | None = None, held_bytes: int | None = None,
-           notes: tuple[str, ...] = ()) -> Plan:
+           notes: tuple[str, ...] = (), steps: int | None = None) -> Plan:
     """As `plan`, of what is open and loaded already. held_bytes: what the process holds by now (cpu)."""
-    work, heaviest = workload.of_samples(config, world_size, samples, order) if samples else workload.assumed(config)
-    planned = _planned(config, world_size, architecture, source, heaviest, work, device, held_bytes)
-    planned = replace(planned, capacity_bytes=capacity_bytes, notes=notes)
-    if planned.fits is False:
-        def again(changed: RunConfig, ranks: int, shape: Shape) -> Plan:
-            return _planned(changed, ranks, architecture, source, workload.Heaviest(shape, shape.tokens), work, device, held_bytes)
+    order = order or (samples and workload.order_of(config, samples))
 
-        planned = replace(planned, changes=changes.that_fit(planned, config, heaviest.shape, again))
-    return planned
+    def again(changed: RunConfig, ranks: int) -> Plan:
+        batches = _batches(changed, ranks, architecture, *_redealt(config, changed, samples, order))
+        return _planned(changed, ranks, architecture, source, *batches, device, held_bytes, steps)
+
+    planned = again(config, world_size)
+    planned = replace(planned, capacity_bytes=capacity_bytes, notes=(*notes, *planned.notes))
+    return replace(planned, changes=changes.that_fit(planned, config, again)) if planned.fits is False else planned
 
 
-def _planned(config: RunConfig, world_size: int, architecture: Architecture, source: Source, heaviest: workload.Heaviest, work: Workload,
-             device: str, held_bytes: int | None) -> Plan:
+def _redealt(config: RunConfig, changed: RunConfig, samples: Samples | None,
+             order: GlobalOrder | None) -> tuple[Samples | None, GlobalOrder | None]:
+    """What the changed config goes over."""
+    if samples is None or changed.data.max_length == config.data.max_length:
+        return samples, order
+    shorter = workload.cut(samples, changed.data)
+    return shorter, workload.order_of(changed, shorter)
+
+
+def _batches(config: RunConfig, world_size: int, architecture: Architecture, samples: Samples | None,
+             order: GlobalOrder | None) -> tuple[Workload, workload.Heaviest]:
+    if samples is None:
+        return workload.assumed(config)
+    return workload.of_samples(config, world_size, samples, order, architecture.carries_state)
+
+
+def _planned(config: RunConfig, world_size: int, architecture: Architecture, source: Source, work: Workload, heaviest: workload.Heaviest,
+             device: str, held_bytes: int | None, steps: int | None) -> Plan:
     ds, shape = ds_json.resolve(config, world_size), heaviest.shape
     accumulation_steps = ds_json.accumulation_steps(config, world_size)
     accumulates = accumulation_steps > 1 or bool(config.train.chunk_length)
     chunks = -(-config.data.max_length // config.train.chunk_length) if config.train.chunk_length else 1
-    micro_batches = (work.steps or _MANY_STEPS) * accumulation_steps * chunks
+    micro_batches = (steps or work.steps or _MANY_STEPS) * accumulation_steps * chunks
     traced = trace.trace(config, architecture, source, ds_json.activation_policy(ds), shape, device)
     held = memory.memory(traced, ds, world_size, DTYPES[config.model.dtype].itemsize, accumulates, device,
                          later_share=heaviest.later_tokens / shape.tokens, micro_batches=micro_batches, packing=config.data.packing,
                          held_bytes=held_bytes)
-    trainable = memory.trainable_elements(traced)
+    trainable, not_planned = memory.trainable_elements(traced), zero.not_planned(ds)
     return Plan(
-        model=source.origin, notes=(), device=device, world_size=world_size, stage=ds_json.stage(ds), parameters=traced.parameters,
-        trainable_parameters=trainable, by_component=held.by_component, peak_bytes=held.peak_bytes, live_peak_bytes=held.live_peak_bytes,
+        model=source.origin, notes=(*not_planned, *_in_host(traced)), complete=not not_planned, device=device, world_size=world_size,
+        stage=ds_json.stage(ds), parameters=traced.parameters, trainable_parameters=trainable, by_component=held.by_component,
+        peak_bytes=held.peak_bytes, live_peak_bytes=held.live_peak_bytes, live_by_component=held.live_by_component,
         saved_by_layer_kind=traced.kept_by_kind, flops=_flops(traced, shape, work, world_size), workload=work,
         checkpoint_bytes=3 * 4 * trainable + 3 * _FILE_HEADER_BYTES * len(traced.trainable),
         adapter_bytes=4 * trainable + _FILE_HEADER_BYTES * len(traced.trainable), capacity_bytes=None, changes=())
+
+
+def _in_host(traced: Trace) -> list[str]:
+    size_bytes = traced.host_bytes
+    return [f"cpu_checkpointing: {size_bytes / 2**30:.2f} GiB of host memory a rank beside the device's"] if size_bytes else []
 
 
 def _flops(traced: Trace, shape: Shape, work: Workload, world_size: int) -> Flops:
@@ -86,12 +111,17 @@ def _flops(traced: Trace, shape: Shape, work: Workload, world_size: int) -> Flop
 
 
 def _samples(config: RunConfig, architecture: Architecture, source: Source) -> tuple[Samples | None, list[str]]:
-    """The training samples, or why there are none."""
+    """The training samples, or why there are none.
+
+    Raises CheckpointError where the model is there and its tokenizer isn't, and for one that the config names.
+    """
     missing = next((path for path in config.data.train if not Path(path).expanduser().exists()), None)
     if missing is not None:
         return None, [f"data.train: {missing} is not there; planned for full packs of data.max_length: {config.data.max_length}"]
     try:
         tokenizer = architecture.tokenizer(source)
-    except CheckpointError:
-        return None, [f"{config.model.path}: no tokenizer is there; planned for full packs of data.max_length: {config.data.max_length}"]
+    except CheckpointError as error:
+        if source.fingerprint or config.model.tokenizer != "auto":
+            raise
+        return None, [f"no tokenizer: {error}; planned for full packs of data.max_length: {config.data.max_length}"]
     return load_samples(config.data, tokenizer, "train"), []

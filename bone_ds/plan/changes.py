@@ -3,85 +3,86 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-from bone_ds.config import RunConfig
+from bone_ds.config import RunConfig, validate
 from bone_ds.errors import BoneError
 from bone_ds.plan.report import Change, Plan
-from bone_ds.plan.trace import Shape
 
 _MOST = 4
-Replan = Callable[[RunConfig, int, Shape], Plan]
+Replan = Callable[[RunConfig, int], Plan]
+"""Of a changed configuration and number of ranks, with the batches that these are dealt."""
 
 
-def that_fit(planned: Plan, config: RunConfig, shape: Shape, again: Replan) -> tuple[Change, ...]:
-    """The first few that fit: those without a cost first, then by FLOPs added, and last those that change what is learnt."""
-    found = []
-    for overrides, note, changed, ranks, its_shape in _candidates(planned, config, shape):
+@dataclass(frozen=True)
+class _Candidate:
+    overrides: dict[str, object]
+    note: str
+    same_results: bool = True
+
+
+def that_fit(planned: Plan, config: RunConfig, again: Replan) -> tuple[Change, ...]:
+    """The first few that fit, by FLOPs added; those that change what is learnt come last."""
+    found: list[Change] = []
+    for candidate in _candidates(planned, config):
+        ranks = candidate.overrides.get("--ranks", planned.world_size)
         try:
-            other = again(changed, ranks, its_shape)
+            other = again(_changed(config, candidate.overrides), ranks)
         except BoneError:
-            continue
+            continue  # the configuration or the model has no such combination
         if other.peak_bytes <= planned.capacity_bytes:
             ratio = other.flops.total * ranks / max(1, planned.flops.total * planned.world_size)
-            found.append(Change(overrides, other.peak_bytes, round(ratio, 3), note))
+            found.append(Change(candidate.overrides, other.peak_bytes, round(ratio, 3), candidate.same_results, candidate.note))
         if len(found) == _MOST:
             break
-    return tuple(found)
+    return tuple(sorted(found, key=lambda change: (not change.same_results, change.flops_ratio)))
 
 
-def _candidates(planned: Plan, config: RunConfig, shape: Shape) -> Iterator[tuple[dict, str, RunConfig, int, Shape]]:
+def _candidates(planned: Plan, config: RunConfig) -> Iterator[_Candidate]:
+    """About by what they cost: first nothing, then communication, FLOPs, devices, and what is learnt."""
     train, adapter, ranks = config.train, config.adapter, planned.world_size
     if adapter.method == "bone" and adapter.strategy in ("materialized", "checkpointed"):
-        yield _changed(config, ranks, shape, {"adapter.strategy": "auto"}, "the same results, no weight-sized tensor kept")
+        yield _Candidate({"adapter.strategy": "auto"}, "the same results, no weight-sized tensor kept")
     if train.loss_chunk > 128:
-        yield _changed(config, ranks, shape, {"train.loss_chunk": 128}, "the same results")
-    if train.micro_batch_size > 1:
-        half = train.micro_batch_size // 2
-        smaller = Shape(_first_half(shape.document_lengths), shape.label_tokens // 2, shape.continues)
-        if train.global_batch_size % (half * ranks) == 0:
-            yield _changed(config, ranks, smaller, {"train.micro_batch_size": half}, "the same results, smaller products")
+        yield _Candidate({"train.loss_chunk": 128}, "the same results")
+    # In chunks the length of one is what a forward pass has, whatever the batch.
+    smaller_batches = train.micro_batch_size > 1 and not train.chunk_length
+    if smaller_batches:
+        yield _Candidate({"train.micro_batch_size": train.micro_batch_size // 2}, "the same results, smaller products")
     for stage in range(planned.stage + 1, 4):
         if ranks > 1:
-            yield _changed(config, ranks, shape, {"deepspeed.config": f"zero{stage}"}, "the same results, more communication"
-                           if stage == 3 else "the same results")
+            note = "the same results, more communication" if stage == 3 else "the same results"
+            yield _Candidate({"deepspeed.config": f"zero{stage}"}, note)
     if train.activation_checkpointing in ("auto", "none"):
         if adapter.method == "bone" and adapter.strategy == "materialized":
-            yield _changed(config, ranks, shape, {"train.activation_checkpointing": "bone"}, "W' is built again in backward")
-        yield _changed(config, ranks, shape, {"train.activation_checkpointing": "layer", "train.recompute_every": 2},
-                       "every second layer runs again in backward")
-    if train.activation_checkpointing != "layer" or train.recompute_every not in (None, 1):
-        yield _changed(config, ranks, shape, {"train.activation_checkpointing": "layer", "train.recompute_every": 1},
-                       "every layer runs again in backward")
-        if train.micro_batch_size > 1 and train.global_batch_size % ranks == 0:
-            single = Shape(shape.document_lengths[:1], min(shape.label_tokens, shape.document_lengths[0]), shape.continues)
-            yield _changed(config, ranks, single, {"train.activation_checkpointing": "layer", "train.recompute_every": 1,
-                                                   "train.micro_batch_size": 1}, "every layer runs again in backward")
-    for more in (2 * ranks, 4 * ranks, 8 * ranks):
-        if train.global_batch_size % (train.micro_batch_size * more) == 0:
-            changes = {"--ranks": more} | ({} if planned.stage == 3 else {"deepspeed.config": "zero3"})
-            yield _changed(config, more, shape, changes, "more devices share the weights")
+            yield _Candidate({"train.activation_checkpointing": "bone"}, "W' is built again in backward")
+        yield _Candidate(_recomputing(train, 2), "every second layer runs again in backward")
+    if train.activation_checkpointing != "layer" or train.recompute_every not in (None, 1) or train.recompute_modules:
+        yield _Candidate(_recomputing(train, 1), "every layer runs again in backward")
+        if smaller_batches:
+            yield _Candidate(_recomputing(train, 1) | {"train.micro_batch_size": 1}, "every layer runs again in backward")
+    if planned.device != "cpu":  # more ranks on a CPU share the memory there is
+        for more in (2 * ranks, 4 * ranks, 8 * ranks):
+            stage_3 = {} if planned.stage == 3 else {"deepspeed.config": "zero3"}
+            yield _Candidate({"--ranks": more} | stage_3, "more devices share the weights")
     if adapter.method == "full":
-        yield _changed(config, ranks, shape, {"adapter.method": "bone"}, "trains an adapter alone")
-    if config.data.max_length >= 128:
-        half = config.data.max_length // 2
-        shorter = Shape(_first_half(shape.document_lengths), shape.label_tokens // 2, shape.continues)
-        yield _changed(config, ranks, shorter, {"data.max_length": half}, "longer samples are cut")
+        yield _Candidate({"adapter.method": "bone"}, "trains an adapter alone", same_results=False)
+    if train.chunk_length and train.chunk_length >= 32:
+        yield _Candidate({"train.chunk_length": train.chunk_length // 2}, "the gradient is cut more often", same_results=False)
+    elif config.data.max_length >= 128:
+        yield _Candidate({"data.max_length": config.data.max_length // 2}, "longer samples are cut", same_results=False)
 
 
-def _changed(config: RunConfig, ranks: int, shape: Shape, overrides: dict[str, object], note: str):
+def _recomputing(train, every: int) -> dict[str, object]:
+    whole_layers = {"train.recompute_modules": None} if train.recompute_modules else {}
+    return {"train.activation_checkpointing": "layer", "train.recompute_every": every} | whole_layers
+
+
+def _changed(config: RunConfig, overrides: dict[str, object]) -> RunConfig:
+    """Raises ConfigError for what can't be combined."""
+    tree = config.model_dump(exclude_unset=True)
     for field, value in overrides.items():
-        if field == "--ranks":
-            continue
         section, _, name = field.partition(".")
-        config = config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
-    return overrides, note, config, ranks, shape
-
-
-def _first_half(document_lengths: tuple[int, ...]) -> tuple[int, ...]:
-    """Documents of the first half of the tokens."""
-    budget, lengths = sum(document_lengths) // 2, []
-    for length in document_lengths:
-        if budget > 0:
-            lengths.append(min(length, budget))
-            budget -= length
-    return tuple(lengths)
+        if name:
+            tree.setdefault(section, {})[name] = value
+    return validate(tree, "the changed configuration")

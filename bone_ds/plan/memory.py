@@ -15,7 +15,12 @@ class Memory:
     by_component: dict[str, int]
     """At the peak; sums to peak_bytes."""
     peak_bytes: int
-    live_peak_bytes: int
+    live_by_component: dict[str, int]
+    """Of tensors alone, at their own peak."""
+
+    @property
+    def live_peak_bytes(self) -> int:
+        return sum(self.live_by_component.values())
 
 
 def memory(traced: Trace, ds: dict, world_size: int, dtype_bytes: int, accumulates: bool, device: str, later_share: float = 1.0,
@@ -32,7 +37,7 @@ def memory(traced: Trace, ds: dict, world_size: int, dtype_bytes: int, accumulat
         return _on_cuda(live_peak)
     phases["save"] = Counter(engine.fixed) + Counter(engine.save)
     context_bytes = process.CPU_CONTEXT_BYTES if held_bytes is None else held_bytes
-    return _on_cpu(phases, engine, context_bytes, micro_batches, packing, live_peak.total())
+    return _on_cpu(phases, engine, context_bytes, micro_batches, packing, live_peak)
 
 
 def _phases(traced: Trace, engine: zero.EngineMemory, whole: zero.Gathered, dtype_bytes: int,
@@ -60,11 +65,11 @@ def _scaled(parts: Counter, share: float) -> Counter:
 
 def _on_cuda(live: Counter) -> Memory:
     held = live + Counter(context=process.CUDA_CONTEXT_BYTES, slack=process.CUDA_SLACK_BYTES)
-    return Memory(_ordered(held), held.total(), live.total())
+    return Memory(_ordered(held), held.total(), _ordered(live))
 
 
 def _on_cpu(phases: dict[str, Counter], engine: zero.EngineMemory, context_bytes: int, micro_batches: int, packing: bool,
-            live_peak_bytes: int) -> Memory:
+            live_peak: Counter) -> Memory:
     """Pages that nobody writes to are not resident, and malloc keeps much of what is freed for tensors of other sizes."""
     touched = {name: phase - Counter(buckets=min(engine.untouched_bytes, phase["buckets"])) for name, phase in phases.items()}
     highest = max(touched.values(), key=Counter.total)
@@ -72,7 +77,7 @@ def _on_cpu(phases: dict[str, Counter], engine: zero.EngineMemory, context_bytes
     comes_and_goes = highest.total() - stays
     slack = process.cpu_slack_bytes(max(0, comes_and_goes), micro_batches, packing)
     held = highest + Counter(context=context_bytes, slack=slack)
-    return Memory(_ordered(held), held.total(), live_peak_bytes)
+    return Memory(_ordered(held), held.total(), _ordered(live_peak))
 
 
 def _ordered(held: Counter) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import resource
+from dataclasses import dataclass
 from math import log2
 from pathlib import Path
 
@@ -24,6 +25,22 @@ CPU_MOST_SLACK_SHARE = 1.5
 CUDA_CONTEXT_BYTES = 500 * MIB
 CUDA_SLACK_BYTES = 892 * MIB
 """Only the sum of the two is known."""
+
+
+@dataclass(frozen=True)
+class _ControlGroup:
+    directory: Path
+    limit: str
+    used: str
+    file_pages: tuple[str, str]
+    """In memory.stat: of files, and part of what is used."""
+
+
+_CONTROL_GROUPS = (
+    _ControlGroup(Path("/sys/fs/cgroup"), "memory.max", "memory.current", ("inactive_file", "active_file")),
+    _ControlGroup(Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes",
+                  ("total_inactive_file", "total_active_file")))
+"""Version 2 and version 1."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -47,11 +64,20 @@ def capacity_bytes(device: str, local_world_size: int) -> int | None:
 def available_bytes(local_world_size: int) -> int:
     """Memory that each of this host's ranks may take on a CPU: what the system calls available, within the control group's limit."""
     free = [_meminfo("MemAvailable")]
-    for limit, used in ((Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-                        (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"))):
-        if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
-            free.append(int(limit.read_text()) - int(used.read_text()))
+    free += [left for left in map(_control_group_bytes, _CONTROL_GROUPS) if left is not None]
     return min(free) // local_world_size
+
+
+def _control_group_bytes(group: _ControlGroup) -> int | None:
+    """What its limit leaves; the pages of files that it holds make room as soon as anything else wants it. None without a limit."""
+    paths = [group.directory / name for name in (group.limit, group.used, "memory.stat")]
+    if not all(path.exists() for path in paths):
+        return None
+    limit, used, stat = (path.read_text(encoding="ascii") for path in paths)
+    if not limit.strip().isdigit():
+        return None
+    sizes = dict(line.split() for line in stat.splitlines())
+    return int(limit) - int(used) + sum(int(sizes.get(name, 0)) for name in group.file_pages)
 
 
 def cpu_slack_bytes(comes_and_goes_bytes: int, micro_batches: int, packing: bool) -> int:

@@ -45,12 +45,16 @@ class Change:
     """Field -> value; `--ranks` is one too."""
     peak_bytes: int
     flops_ratio: float
-    """FLOPs of a step on one rank against the plan's."""
+    """FLOPs of a step on all ranks against the plan's."""
+    same_results: bool
+    """But for rounding. Otherwise it changes what is learnt."""
     note: str
     """What it costs, in words."""
 
     def __str__(self) -> str:
-        return " ".join(f"{field} {value}" if field.startswith("--") else f"{field}={value}" for field, value in self.overrides.items())
+        """As the command line takes it."""
+        values = {field: "null" if value is None else value for field, value in self.overrides.items()}
+        return " ".join(f"{field} {value}" if field.startswith("--") else f"{field}={value}" for field, value in values.items())
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,9 @@ class Plan:
 
     model: str
     notes: tuple[str, ...]
-    """What was assumed because it is not there: weights, data."""
+    """What was assumed because it is not there (weights, data), or is left out of the figures."""
+    complete: bool
+    """False where a setting that lowers memory is left out of the figures; then nothing is refused."""
     device: str
     """cpu or cuda"""
     world_size: int
@@ -79,6 +85,9 @@ class Plan:
     """cuda: of the device; cpu: the process's high-water resident set."""
     live_peak_bytes: int
     """Of tensors alone."""
+    live_by_component: dict[str, int]
+    """Bytes at the peak of tensors alone, by `COMPONENTS`; they sum to live_peak_bytes. On a CPU that is another moment than the resident
+    set's highest, and buckets that are never written to count here alone."""
     saved_by_layer_kind: dict[str, int]
     """Bytes that forward keeps for backward: attention, mlp, norms, embedding, loss, other."""
     flops: Flops
@@ -90,14 +99,25 @@ class Plan:
     capacity_bytes: int | None
     """Of one rank; None where nobody said."""
     changes: tuple[Change, ...]
-    """That would make it fit, the cheapest first; empty where it fits."""
+    """That would make it fit, by FLOPs added, and last those that change what is learnt; empty where it fits."""
+
+    @property
+    def needed_bytes(self) -> int:
+        """What is needed for sure: without `slack`, which an allocator gives back before it fails."""
+        return self.peak_bytes - self.by_component["slack"]
 
     @property
     def fits(self) -> bool | None:
-        """None without a capacity."""
+        """With all slack; None without a capacity."""
         return None if self.capacity_bytes is None else self.peak_bytes <= self.capacity_bytes
+
+    @property
+    def cannot_fit(self) -> bool | None:
+        """Not even without slack: such a run is refused. One that neither fits nor can't may fit. None without a capacity."""
+        return None if self.capacity_bytes is None else self.complete and self.needed_bytes > self.capacity_bytes
 
     def as_dict(self) -> dict:
         """For JSON."""
         changes = [asdict(change) for change in self.changes]
-        return asdict(self) | {"flops": asdict(self.flops) | {"total": self.flops.total}, "fits": self.fits, "changes": changes}
+        verdict = {"needed_bytes": self.needed_bytes, "fits": self.fits, "cannot_fit": self.cannot_fit}
+        return asdict(self) | {"flops": asdict(self.flops) | {"total": self.flops.total}, "changes": changes} | verdict

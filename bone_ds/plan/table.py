@@ -34,12 +34,17 @@ def line(plan: Plan) -> str:
 
 def refusal(plan: Plan) -> str:
     """Why a run can't fit, and what would."""
-    text = (f"this run needs {gib(plan.peak_bytes)} a rank, {gib(plan.capacity_bytes)} are there "
+    text = (f"this run needs {gib(plan.needed_bytes)} a rank, {gib(plan.capacity_bytes)} are there "
             f"(weights {_in_gib(plan.by_component['weights'])}, activations {_in_gib(plan.by_component['activations'])})")
     if not plan.changes:
         return f"{text}; no change of the configuration that was tried would make it fit\n--force starts it all the same"
-    options = "; ".join(f"{change} ({gib(change.peak_bytes)}, {_cost(change.flops_ratio)})" for change in plan.changes)
-    return f"{text}\nIt would fit with {options}; --force starts it as it is"
+    return f"{text}\nIt would fit with {_options(plan)}; --force starts it as it is"
+
+
+def warning(plan: Plan) -> str:
+    """One line, of a run that is neither sure to fit nor sure not to."""
+    would = f"; it would surely with {_options(plan)}" if plan.changes else ""
+    return f"may not fit: {_spread(plan)}{would}"
 
 
 def gib(size_bytes: int) -> str:
@@ -62,7 +67,20 @@ def _in_gib(size_bytes: int) -> str:
 
 
 def _cost(ratio: float) -> str:
+    if ratio < 0.995:
+        return f"{1 - ratio:.0%} fewer FLOPs a step"
     return "no more FLOPs" if ratio < 1.005 else f"{ratio - 1:.0%} more FLOPs"
+
+
+def _options(plan: Plan) -> str:
+    return "; ".join(f"{change} ({gib(change.peak_bytes)}, {_cost(change.flops_ratio)})" for change in plan.changes)
+
+
+def _spread(plan: Plan) -> str:
+    if not plan.complete:
+        return f"{gib(plan.peak_bytes)} without the settings that are not planned, {gib(plan.capacity_bytes)} a rank are there"
+    return (f"{gib(plan.needed_bytes)} a rank are needed, {gib(plan.peak_bytes)} with what the allocator may hold beyond, "
+            f"{gib(plan.capacity_bytes)} are there")
 
 
 def _memory(plan: Plan) -> list[str]:
@@ -106,9 +124,10 @@ def _verdict(plan: Plan) -> list[str]:
         return ["how much there is was not said (--device-memory 24GiB)"]
     if plan.fits:
         return [f"fits: {gib(plan.peak_bytes)} of {gib(plan.capacity_bytes)}"]
-    lines = [f"does not fit: {gib(plan.peak_bytes)} of {gib(plan.capacity_bytes)}"]
+    lines = [f"does not fit: {gib(plan.needed_bytes)} of {gib(plan.capacity_bytes)} without slack" if plan.cannot_fit
+             else f"may not fit: {_spread(plan)}"]
     if not plan.changes:
         return [*lines, "no change that was tried would make it fit"]
-    lines.append("it would with, the cheapest first:")
+    lines.append("it would with, by FLOPs added, and last what changes what is learnt:")
     return lines + [f"  {str(change):<70}{gib(change.peak_bytes):>11}  {_cost(change.flops_ratio)}; {change.note}"
                     for change in plan.changes]

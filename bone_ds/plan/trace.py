@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 
 from bone_ds import activation, inject
 from bone_ds.activation_policy import ActivationPolicy
@@ -22,10 +23,10 @@ from bone_ds.config import RunConfig
 from bone_ds.live import LiveMemory
 from bone_ds.objective import Objective
 from bone_ds.plan.flops import FlopCounter
+from bone_ds.resolution import DTYPES
 
 KINDS = ("attention", "mlp", "norms", "embedding", "loss", "other")
 CUDA_GRANULARITY_BYTES = 512
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _FIXED, _TRANSIENT = "fixed", "transient"
 _RUN_OF_EACH = 3
 
@@ -61,6 +62,8 @@ class Trace:
     """What is alive at the end of forward, by `KINDS`."""
     kept_by_a_layer: int
     """The most that one residual block keeps."""
+    host_bytes: int
+    """What cpu_checkpointing keeps in host memory; 0 on a CPU, where that is the same memory."""
     forward_peak_bytes: int
     backward_peak_bytes: int
     kept_at_backward_peak: int
@@ -79,12 +82,16 @@ def trace(config: RunConfig, architecture: Architecture, source: Source, policy:
     with torch.device("meta"):  # peft moves its tensors about, which fake ones don't allow
         model = architecture.build(source, DTYPES[config.model.dtype])
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        trainable = inject.inject(model, architecture, inject.with_rank(model, architecture, config.adapter))
+        trainable = inject.inject(model, architecture, config.adapter)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         fake = _make_fake(model)
         trainable = {name: fake[id(parameter)] for name, parameter in trainable.items()}
         architecture.keep_as_on(model, device)
-        activation.apply(model, architecture, policy)
+        host = _Host()
+        to_host = device == "cuda" and policy.cpu_checkpointing
+        activation.apply(model, architecture, replace(policy, cpu_checkpointing=False))
+        if to_host:
+            host.take_inputs(model)
         objective = make_objective(model, architecture, config.train.loss_chunk, config.train.l2wrap)
         facts = {
             "modules": _modules(objective), "parameters": parameters,
@@ -93,7 +100,7 @@ def trace(config: RunConfig, architecture: Architecture, source: Source, policy:
             "buffers_bytes": sum(buffer.nbytes for buffer in objective.buffers()),
         }
         left_out = _leave_out(model, architecture)
-        return Trace(**facts, **_Run(objective, architecture, device, left_out).measure(shape))
+        return Trace(**facts, **_Run(objective, architecture, device, left_out, host).measure(shape))
 
 
 def _make_fake(model: nn.Module) -> dict[int, nn.Parameter]:
@@ -144,19 +151,49 @@ def _form(layer: nn.Module) -> Hashable:
         for name, module in layer.named_modules())
 
 
+class _Host:
+    """Host memory beside a device's: fake tensors are all on a CPU, where a copy to the host would be the tensor itself."""
+
+    def __init__(self):
+        self.bytes = 0
+
+    def take_inputs(self, model: nn.Module) -> None:
+        """Of the outermost modules that are recomputed."""
+        taken: list[str] = []
+        for name, module in model.named_modules():
+            if "forward" in vars(module) and not any(name.startswith(f"{outer}.") for outer in taken):
+                taken.append(name)
+                module.forward = partial(self._with_inputs_here, module.forward)
+
+    def _with_inputs_here(self, forward: Callable, *args, **kwargs):
+        with saved_tensors_hooks(self._take, _give_back):
+            return forward(*args, **kwargs)
+
+    def _take(self, tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+        self.bytes += tensor.nbytes
+        return tensor.shape, tensor.dtype
+
+
+def _give_back(taken: tuple[torch.Size, torch.dtype]) -> Tensor:
+    shape, dtype = taken
+    return torch.empty(shape, dtype=dtype)
+
+
 class _Run:
     """Runs an objective and keeps account."""
 
-    def __init__(self, objective: Objective, architecture: Architecture, device: str, left_out: Counter[Hashable]):
-        self.objective, self.left_out = objective, left_out
+    def __init__(self, objective: Objective, architecture: Architecture, device: str, left_out: Counter[Hashable],
+                 host: _Host):
+        self.objective, self.left_out, self.host = objective, left_out, host
         self.live = LiveMemory(CUDA_GRANULARITY_BYTES if device == "cuda" else 1)
         self.live.claim(_FIXED, [*objective.parameters(), *objective.buffers()])
         self.counter = FlopCounter()
         self.in_forward = True
         self.kept_of: dict[Hashable, Counter[str]] = {}
+        self.host_bytes_of: dict[Hashable, int] = {}
         self.flops_of: dict[Hashable, Counter[str]] = {}
         self.form_of = {id(layer): _form(layer) for _, layer in architecture.layers(objective.model)}
-        self.begun: tuple[Counter[str], Hashable] | None = None
+        self.begun: tuple[Counter[str], Hashable, int] | None = None
         self.open: Hashable | None = None
         for _, layer in architecture.layers(objective.model):
             # Outermost: what runs when the layer is called for the first time, recomputed or not.
@@ -186,6 +223,7 @@ class _Run:
         return {
             "kept_by_kind": {kind: kept[kind] + more[kind] for kind in KINDS},
             "kept_by_a_layer": max((kept.total() for kept in self.kept_of.values()), default=sum(kept.values())),
+            "host_bytes": self.host.bytes + sum(self.host_bytes_of[form] * count for form, count in self.left_out.items()),
             "forward_peak_bytes": forward_peak + more.total(),
             # Backward begins with all that is kept, and what it needs to go through one layer.
             "backward_peak_bytes": self.live.peak_bytes - fixed + more.total(),
@@ -208,9 +246,10 @@ class _Run:
             return
         now, form = Counter(self.live.by_component), self.form_of[id(layer)]
         if self.begun is not None:
-            before, its_form = self.begun
+            before, its_form, host_bytes = self.begun
+            self.host_bytes_of[its_form] = self.host.bytes - host_bytes
             self.kept_of[its_form] = Counter({kind: now[kind] - before[kind] for kind in KINDS})
-        self.begun, self.flops_before = (now, form), Counter(self.counter.by_part)
+        self.begun, self.flops_before = (now, form, self.host.bytes), Counter(self.counter.by_part)
 
     def _layer_ends(self, layer: nn.Module, arguments, output) -> None:
         if not self.in_forward:

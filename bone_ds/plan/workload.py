@@ -7,15 +7,16 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from bone_ds.config import RunConfig
+from bone_ds.config import DataConfig, RunConfig
 from bone_ds.data import GlobalOrder, Samples, collate_chunks, deal
 from bone_ds.data.order import Unit, Window
+from bone_ds.errors import DataError
 from bone_ds.plan.report import Workload
 from bone_ds.plan.trace import Shape
 
 _MOST_UNITS = 20_000
 """Packs (samples without packing) that are looked through for the heaviest micro-batch."""
-_DOCUMENT_TOKENS = 16
+_STATE_TOKENS = 16
 """So many tokens weigh what the state of one more document does, in RWKV6 of all published sizes."""
 
 
@@ -27,18 +28,26 @@ class Heaviest:
     """The most tokens of one that follows in a step, when gradients of those before it are there."""
 
 
-def of_samples(config: RunConfig, world_size: int, samples: Samples, order: GlobalOrder | None = None) -> tuple[Workload, Heaviest]:
-    """The workload, and the heaviest micro-batch of all ranks: evaluation keeps nothing for backward and needs less."""
-    train, data = config.train, config.data
-    order = order or GlobalOrder(samples, data.packing, data.max_length, train.global_batch_size, train.seed)
+def order_of(config: RunConfig, samples: Samples) -> GlobalOrder:
+    data, train = config.data, config.train
+    return GlobalOrder(samples, data.packing, data.max_length, train.global_batch_size, train.seed)
+
+
+def of_samples(config: RunConfig, world_size: int, samples: Samples, order: GlobalOrder, carries_state: bool) -> tuple[Workload, Heaviest]:
+    """The workload, and the heaviest micro-batch of all ranks: evaluation keeps nothing for backward and needs less.
+
+    carries_state: the model holds a state for every document.
+    """
+    train = config.train
+    document_tokens = _STATE_TOKENS if carries_state else 0
     steps = train.steps or order.steps_in_epochs(train.epochs or 1)
     windows = [order.window(step) for step in range(min(steps, -(-_MOST_UNITS // train.global_batch_size)))]
     firsts, laters = [], []
     for is_first, shape in _shapes(config, world_size, samples, windows):
         (firsts if is_first else laters).append(shape)
-    heaviest = Heaviest(_heaviest(firsts), max((shape.tokens for shape in laters), default=0))
+    heaviest = Heaviest(_heaviest(firsts, document_tokens), max((shape.tokens for shape in laters), default=0))
     if heaviest.later_tokens > heaviest.shape.tokens:
-        heaviest = Heaviest(_heaviest(firsts + laters), heaviest.later_tokens)
+        heaviest = Heaviest(_heaviest(firsts + laters, document_tokens), heaviest.later_tokens)
     tokens = sum(sum(window.unit_tokens) for window in windows) / len(windows)
     labels = sum(window.label_tokens for window in windows) / len(windows)
     return Workload(steps, round(tokens, 1), round(labels, 1), asdict(samples.report), described(heaviest.shape)), heaviest
@@ -52,6 +61,19 @@ def assumed(config: RunConfig) -> tuple[Workload, Heaviest]:
     tokens = train.global_batch_size * data.max_length
     work = Workload(train.steps, float(tokens), float(tokens - train.global_batch_size), None, described(shape))
     return work, Heaviest(shape, shape.tokens)
+
+
+def cut(samples: Samples, data: DataConfig) -> Samples:
+    """The samples as a smaller data.max_length leaves them, by their lengths; the tokens are not touched.
+
+    Pieces of a split document count as its first alone. Raises DataError where none is left.
+    """
+    lengths = np.minimum(samples.lengths, data.max_length)
+    kept = samples.lengths <= data.max_length if data.overlong == "drop" else lengths > np.maximum(samples.prompt_lengths, 1)
+    if not kept.any():
+        raise DataError(f"data.max_length: {data.max_length} leaves no sample")
+    offsets = np.concatenate([[0], np.cumsum(lengths[kept])])
+    return replace(samples, offsets=offsets, prompt_lengths=samples.prompt_lengths[kept])
 
 
 def described(shape: Shape) -> dict[str, int]:
@@ -79,8 +101,8 @@ def _chunks(samples: Samples, units: list[Unit], chunk_length: int) -> Iterator[
         yield Shape(batch.document_lengths, len(batch.labels), continues=True)
 
 
-def _heaviest(shapes: list[Shape]) -> Shape:
+def _heaviest(shapes: list[Shape], document_tokens: int) -> Shape:
     """The longest, with the most labels that any of nearly its length has: both need memory, and one forward is to show it."""
-    longest = max(shapes, key=lambda shape: (shape.tokens + _DOCUMENT_TOKENS * len(shape.document_lengths), shape.label_tokens))
+    longest = max(shapes, key=lambda shape: (shape.tokens + document_tokens * len(shape.document_lengths), shape.label_tokens))
     labels = max(shape.label_tokens for shape in shapes if shape.tokens >= 0.95 * longest.tokens)
     return replace(longest, label_tokens=labels)

@@ -18,6 +18,9 @@ _DEFAULT_PERSISTENCE = 100_000
 _DEFAULT_DISTANCE = 1_000_000_000
 _DEFAULT_SUB_GROUP = 1_000_000_000
 _UNBOUNDED = 2**63
+_FP32_NAMES = ("fp32", "float32", "float", "torch.float32")
+_NOT_PLANNED = {"zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zero_quantized_nontrainable_weights": False}
+"""By what switches them off."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,22 @@ def engine_memory(ds: dict, world_size: int, weights: Sequence[int], trainable: 
     """weights and trainable: elements of each frozen and trainable tensor. accumulates: several micro-batches make one step."""
     zero = ds["zero_optimization"]
     build = {0: _replicated, 1: _flat, 2: _flat, 3: _partitioned}[zero["stage"]]
+    if zero["stage"] == 1 and dtype_bytes < _gradient_bytes(ds, dtype_bytes) == FP32_BYTES:
+        build = _flat_in_fp32
     sizes = _Sizes(zero, world_size, weights, trainable, dtype_bytes, _gradient_bytes(ds, dtype_bytes), accumulates)
     return build(sizes)
 
 
+def not_planned(ds: dict) -> tuple[str, ...]:
+    """What of the JSON is left out here, a line each: ZeRO++ keeps other copies of the weights, or smaller ones."""
+    section = ds["zero_optimization"]
+    given = [name for name, off in _NOT_PLANNED.items() if section["stage"] == 3 and section.get(name, off) != off]
+    return tuple(f"not planned: zero_optimization.{name}: {section[name]}; nothing is refused" for name in given)
+
+
 def _gradient_bytes(ds: dict, dtype_bytes: int) -> int:
     asked = ds.get("data_types", {}).get("grad_accum_dtype")
-    return {None: dtype_bytes, "fp32": FP32_BYTES}.get(asked, 2)
+    return dtype_bytes if asked is None else FP32_BYTES if asked in _FP32_NAMES else 2
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,20 @@ def _flat(s: _Sizes) -> EngineMemory:
         # The gradients, in fp32 too, and what AdamW computes with.
         update={"gradients": part * s.gradient_bytes + FP32_BYTES * part, "transient": (2 * FP32_BYTES - s.gradient_bytes) * part},
         save=s.save, untouched_bytes=max(0, buckets - s.n * s.dtype_bytes))
+
+
+def _flat_in_fp32(s: _Sizes) -> EngineMemory:
+    """Stage 1 in bf16 with fp32 gradients, an optimizer of its own (bf16_optimizer.py): all of them in one flat buffer at all times,
+    and within a step the parameters' own in bf16 too."""
+    part = -(-s.n // (2 * s.world_size)) * 2
+    own = {"gradients": s.n * s.dtype_bytes}
+    return EngineMemory(
+        fixed={"weights": sum(s.weights) * s.dtype_bytes, "adapter": s.n * s.dtype_bytes, "optimizer": 3 * FP32_BYTES * part,
+               "gradients": s.n * FP32_BYTES},
+        between=own if s.accumulates else {}, backward={},
+        end_of_backward=own | {"transient": max(FP32_BYTES * max(s.trainable), s.n * s.dtype_bytes if s.world_size > 1 else 0)},
+        update=own | {"transient": 2 * FP32_BYTES * part},
+        save=s.save, untouched_bytes=0)
 
 
 def _partitioned(s: _Sizes) -> EngineMemory:

@@ -54,9 +54,10 @@ def _title(summaries: list[Summary]) -> str:
     if len(summaries) > 1:
         return ", ".join(summary.name for summary in summaries)
     adapter = summaries[0].result.variant.config.adapter
+    size = f"r = {adapter.rank}" if adapter.has_rank else f"{summaries[0].first.trainable_parameters:,} parameters"
     if adapter.method == "bone":
-        return f"Bone {adapter.grouping}, r = {adapter.rank}"
-    return {"lora": f"LoRA, r = {adapter.rank}", "state": "State tuning", "full": "Full training"}.get(adapter.method, adapter.method)
+        return f"Bone {adapter.grouping}, {size}"
+    return {"lora": f"LoRA, {size}", "state": "State tuning", "full": "Full training"}.get(adapter.method, adapter.method)
 
 
 def _sentence(summary: Summary) -> str:
@@ -92,9 +93,10 @@ def _cards(summary: Summary) -> list[Card]:
     if summary.first.memory:
         cards.append(Card("Peak of live tensors", f"{summary.spread(LIVE).median:.2f}", "GiB a rank", _against(summary, LIVE)))
     if summary.flops:
-        peak = summary.first.matrix_peak_flops / 1e9
+        peak = summary.matrix_peak_flops / 1e9
         cards.append(Card("Arithmetic", f"{summary.share_of_matrix_peak:.0%}", "of the machine's peak",
-                          f"{summary.flops / 1e9:,.0f} of {peak:,.0f} GFLOP/s in a matrix product"))
+                          f"{summary.flops / 1e9:,.0f} of {peak:,.0f} GFLOP/s in a matrix product"
+                          + (", recomputation included" if summary.recomputes else "")))
     cards.append(Card("Trainable", _millions(summary.first.trainable_parameters), "parameters", f"{summary.first.trainable_parameters:,}"))
     return cards
 

@@ -111,26 +111,37 @@ def memory_by_component(summaries: list[Summary]) -> Figure:
 
 def time_by_part(summaries: list[Summary]) -> Figure:
     """The timed step by part, and the profiled one by kind of work, as shares of the timed one."""
-    figure, (above, below) = _figure(2, 1, 2.0 + 0.68 * len(summaries))
+    are_profiled = any(summary.first.kinds for summary in summaries)
+    figure, panels = _figure(2, 1, 2.0 + 0.68 * len(summaries)) if are_profiled else _figure(1, 1, 1.2 + 0.34 * len(summaries))
+    above, *below = panels
     names = [summary.name if len(summaries) > 1 else "" for summary in summaries]
     parts = [(name, {part: share * summary.spread(STEP).median for part, share in summary.part_shares.items()})
              for name, summary in zip(names, summaries, strict=True)]
     _stacked(above, parts, _PARTS, "s", "{:.3g}")
     above.set_title("by part")
+    panels[-1].set_xlabel("seconds a step")
+    _legend_above(above, _PARTS, parts)
+    if below:
+        _draw_kinds(below[0], names, summaries)
+        above.set_xlim(below[0].get_xlim())
+    return figure
+
+
+def _draw_kinds(axes: Axes, names: list[str], summaries: list[Summary]) -> None:
     kinds = []
     for name, summary in zip(names, summaries, strict=True):
         if summary.first.kinds:
             scale = summary.spread(STEP).median / summary.first.kinds.step_s
             kinds.append((name, {kind: cost_s * scale for kind, cost_s in summary.first.kinds.by_kind_s.items()}))
-    _stacked(below, kinds, _KINDS, "s", "{:.3g}")
-    below.set_title("by kind of work")
-    below.set_xlabel("seconds a step")
-    above.set_xlim(below.get_xlim())
-    for axes, colors, shown in ((above, _PARTS, parts), (below, _KINDS, kinds)):
-        used = {name: color for name, color in colors.items() if any(values.get(name, 0) > 0 for _, values in shown)}
-        axes.legend(handles=[Patch(color=color, label=name) for name, color in used.items()], loc="lower right", ncols=len(used),
-                    bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2, handlelength=0.9, handleheight=0.9, columnspacing=1.2, fontsize=9)
-    return figure
+    _stacked(axes, kinds, _KINDS, "s", "{:.3g}")
+    axes.set_title("by kind of work")
+    _legend_above(axes, _KINDS, kinds)
+
+
+def _legend_above(axes: Axes, colors: dict[str, str], shown: list[tuple[str, dict[str, float]]]) -> None:
+    used = {name: color for name, color in colors.items() if any(values.get(name, 0) > 0 for _, values in shown)}
+    axes.legend(handles=[Patch(color=color, label=name) for name, color in used.items()], loc="lower right", ncols=len(used),
+                bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2, handlelength=0.9, handleheight=0.9, columnspacing=1.2, fontsize=9)
 
 
 def throughput_and_memory(summaries: list[Summary]) -> Figure:
@@ -205,6 +216,13 @@ def _figure(rows: int, columns: int, height_in: float, sharey: bool = False) -> 
 PLOTS = {
     "memory_over_time": memory_over_time, "memory_by_component": memory_by_component, "time_by_part": time_by_part,
     "throughput_and_memory": throughput_and_memory}
+
+
+def names(summaries: list[Summary]) -> list[str]:
+    """Of the plots that there are figures for, in the order of `PLOTS`."""
+    is_counted = any(summary.first.memory for summary in summaries)
+    absent = {"throughput_and_memory": len(summaries) == 1, "memory_over_time": not is_counted, "memory_by_component": not is_counted}
+    return [name for name in PLOTS if not absent.get(name)]
 
 
 def draw(name: str, summaries: list[Summary], png: Path, title: str) -> str:

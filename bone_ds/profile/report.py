@@ -11,16 +11,18 @@ from pathlib import Path
 from bone_ds import __version__, launch
 from bone_ds import plan as plans
 from bone_ds.config import dump_yaml
-from bone_ds.errors import BoneError
+from bone_ds.errors import BoneError, CheckpointError
 from bone_ds.plan import Plan
 from bone_ds.profile import page, plots, summary, table, turns
 from bone_ds.profile.summary import Summary
-from bone_ds.profile.turns import Stopped
+from bone_ds.profile.turns import USER_ERROR, Stopped
 from bone_ds.profile.variants import Variant
 from bone_ds.provenance import provenance
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft")
 _FAILED = 1
+_UNTIMED_STEPS = 1
+"""Before the timed ones, when the resident set is read."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,19 @@ class Request:
 def run(request: Request, json_path: Path | None, csv_path: Path | None, say: Callable[[str], None]) -> int:
     """Measures and writes it all; returns 0, or 1 where a variant failed, or the code of a worker that refused its config.
 
-    `out` then holds report.html, the plots as PNG, rows.json, rows.csv, configs/ and turns/; of a refused config nothing.
+    `out` then holds report.html, the plots as PNG, rows.json, rows.csv, configs/ and turns/; of a refused config nothing. Raises
+    BoneError for what the plan refuses.
     """
-    # First: what is wrong with a prediction is known before minutes are spent.
+    # First: what the plan refuses is known before minutes are spent.
     device = "cuda" if launch.count_gpus() else "cpu"
-    predicted = {variant.name: _plan(variant, request.world_size, device, say) for variant in request.variants}
+    predicted = {variant.name: _plan(variant, request, device, say) for variant in request.variants}
     try:
         results = turns.measure(request.variants, request.world_size, request.steps, request.turns, request.out, say)
     except Stopped as stopped:
-        shutil.rmtree(request.out)
+        if stopped.code == USER_ERROR:
+            shutil.rmtree(request.out)
+        else:
+            say(f"stopped; the turns that are over lie in {request.out / 'turns'}")
         return stopped.code
     failed = [result for result in results if result.failure]
     summaries = [Summary(result, predicted[result.variant.name]) for result in results if not result.failure]
@@ -70,17 +76,22 @@ def run(request: Request, json_path: Path | None, csv_path: Path | None, say: Ca
     return _FAILED if failed else 0
 
 
-def _plan(variant: Variant, world_size: int, device: str, say: Callable[[str], None]) -> Plan | None:
+def _plan(variant: Variant, request: Request, device: str, say: Callable[[str], None]) -> Plan | None:
+    """None where the model can be measured alone: its sizes aren't known before it is read, or fake tensors don't carry it."""
     try:
-        return plans.plan(variant.config, world_size, device)
-    except BoneError as error:
+        return plans.plan(variant.config, request.world_size, device, steps=_UNTIMED_STEPS + request.steps)
+    except CheckpointError as error:
         say(f"{variant.name}: no prediction: {error}")
-        return None
+    except BoneError as error:
+        raise type(error)(f"{variant.name}: {error}" if len(request.variants) > 1 else str(error)) from None
+    except Exception as error:
+        say(f"{variant.name}: no prediction: {type(error).__name__}: {error}")
+    return None
 
 
 def _draw(summaries: list[Summary], out: Path) -> dict[str, str]:
     """SVG by the plots' names; a PNG of each beside the page, and one of all."""
-    names = [name for name in plots.PLOTS if name != "throughput_and_memory" or len(summaries) > 1]
+    names = plots.names(summaries)
     drawn = {name: plots.draw(name, summaries, out / f"{name}.png", page.CAPTIONS[name][0]) for name in names}
     plots.join([out / f"{name}.png" for name in names], out / "overview.png")
     return drawn

@@ -55,6 +55,7 @@ def step_s(turn: Measurement) -> float:
 
 
 LABEL_TOKENS = Quantity("loss-bearing tokens", "1/s", _per_second("label_tokens"))
+TOKENS = Quantity("real tokens", "1/s", _per_second("tokens"))
 STEP = Quantity("step", "s", step_s)
 RESIDENT = Quantity("resident set", "GiB", lambda turn: turn.resident_bytes / GIB,
                     lambda plan: plan.peak_bytes / GIB if plan.device == "cpu" else None)
@@ -63,7 +64,7 @@ RESERVED = Quantity("reserved", "GiB", lambda turn: turn.reserved_bytes and turn
                     lambda plan: None if plan.device == "cpu" else (plan.peak_bytes - plan.by_component["context"]) / GIB)
 LIVE = Quantity("live tensors", "GiB", _live_gib, lambda plan: plan.live_peak_bytes / GIB)
 QUANTITIES = (
-    LABEL_TOKENS, Quantity("real tokens", "1/s", _per_second("tokens")), Quantity("all positions", "1/s", _per_second("positions")), STEP,
+    LABEL_TOKENS, TOKENS, Quantity("all positions", "1/s", _per_second("positions")), STEP,
     *(Quantity(part, "s", _part(part)) for part in PARTS), RESIDENT, ALLOCATED, RESERVED, LIVE)
 
 
@@ -105,20 +106,28 @@ class Summary:
 
     @property
     def predicted_live(self) -> dict[str, int] | None:
-        """By `COMPONENTS`. On a CPU a plan counts of the buckets what is written to, but the tensors are there whole."""
-        if not self.plan:
-            return None
-        live = {component: self.plan.by_component.get(component, 0) for component in COMPONENTS}
-        return live | {"buckets": live["buckets"] + max(0, self.plan.live_peak_bytes - sum(live.values()))}
+        """By `COMPONENTS`, at the predicted peak of live tensors."""
+        return self.plan and {component: self.plan.live_by_component.get(component, 0) for component in COMPONENTS}
 
     @property
     def flops(self) -> float | None:
-        """Floating-point operations per second of one rank; the plan counts the operations."""
-        return self.plan and self.plan.flops.total / self.spread(STEP).median
+        """Floating-point operations per second of one rank, recomputed ones included.
+
+        The plan counts the operations of a mean step; the timed steps may have more tokens or fewer, and all ranks' are counted in both.
+        """
+        return self.plan and self.plan.flops.total * self.spread(TOKENS).median / self.plan.workload.tokens_per_step
+
+    @property
+    def recomputes(self) -> bool:
+        return bool(self.plan and self.plan.flops.recomputed)
+
+    @property
+    def matrix_peak_flops(self) -> float:
+        return median(turn.matrix_peak_flops for turn in self.result.turns)
 
     @property
     def share_of_matrix_peak(self) -> float | None:
-        return self.flops and self.flops / median(turn.matrix_peak_flops for turn in self.result.turns)
+        return self.flops and self.flops / self.matrix_peak_flops
 
 
 def ratio(summary: Summary, reference: Summary, quantity: Quantity) -> Spread | None:
@@ -144,7 +153,7 @@ def rows(summaries: list[Summary], reference: Summary) -> list[dict]:
         for name, size in (summary.first.memory.at_peak if summary.first.memory else {}).items():
             predicted = summary.predicted_live and summary.predicted_live[name] / GIB
             made.append(_plain(summary, f"live at the peak: {name}", size / GIB, "GiB") | {"predicted": predicted})
-        made.append(_plain(summary, "matrix product peak", summary.first.matrix_peak_flops / 1e9, "GFLOP/s"))
+        made.append(_plain(summary, "matrix product peak", summary.matrix_peak_flops / 1e9, "GFLOP/s"))
         if summary.flops:
             made.append(_plain(summary, "achieved", summary.flops / 1e9, "GFLOP/s"))
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from bone_ds.profile.measurement import Failure, Measurement
 from bone_ds.profile.variants import Variant
 
 USER_ERROR = 2
-_KILLED = 128 + 9
+_KILLED = 128 + signal.SIGKILL
+_TOLD_TO_END = tuple(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,15 @@ def measure(variants: list[Variant], world_size: int, steps: int, turns: int, di
                 results[variant.name] = Result(variant, [], found)
             else:
                 result.turns.append(found)
-            outcome = found.reason if isinstance(found, Failure) else f"{min(step.total_s for step in found.steps):.3g} s a step"
-            say(f"turn {turn + 1}/{turns}  {variant.name}: {outcome}  ({time.monotonic() - started:.0f} s)")
+            say(f"turn {turn + 1}/{turns}  {variant.name}: {_outcome(found, turn)}  ({time.monotonic() - started:.0f} s)")
     return list(results.values())
+
+
+def _outcome(found: Measurement | Failure, turn: int) -> str:
+    if isinstance(found, Failure):
+        return found.reason
+    step = f"{min(step.total_s for step in found.steps):.3g} s a step"
+    return f"{step}, timed alone: it ended in the steps with instruments" if turn == 0 and found.memory is None else step
 
 
 def _turn(variant: Variant, turn: int, world_size: int, steps: int, directory: Path) -> Measurement | Failure:
@@ -65,9 +73,12 @@ def _turn(variant: Variant, turn: int, world_size: int, steps: int, directory: P
     config = directory / "configs" / f"{variant.file_name}.yaml"
     arguments = ["profile", str(config), "--worker", str(out), "--steps", str(steps), *(["--timing-only"] if turn else [])]
     code = launch.start(arguments, world_size)
+    if code == USER_ERROR or code in _TOLD_TO_END:
+        raise Stopped(code)
     if out.exists():
         return measurement.read(out)
-    if code in (0, USER_ERROR) or code > 128 and code != _KILLED:
-        raise Stopped(code or 1)
-    killed = "does not fit: the system killed it, as it does when memory runs out"
-    return Failure(killed if code == _KILLED else f"ended with exit code {code}")
+    if code == 0:
+        raise Stopped(1)
+    if code == _KILLED:
+        return Failure("does not fit: the system killed it, as it does when memory runs out")
+    return Failure(f"ended by signal {code - 128}" if code > 128 else f"ended with exit code {code}")

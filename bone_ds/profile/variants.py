@@ -15,6 +15,7 @@ from bone_ds.config import AdapterConfig, RunConfig, dump_yaml, load_config
 from bone_ds.errors import ConfigError
 
 _FORM = "write NAME: section.key=value ..., for example --compare \"lora: adapter.method=lora adapter.rank=32\""
+_NOTHING = ("", "~", "null")
 METHODS = get_args(AdapterConfig.model_fields["method"].annotation)
 
 
@@ -22,10 +23,13 @@ METHODS = get_args(AdapterConfig.model_fields["method"].annotation)
 class Variant:
     name: str
     config: RunConfig
+    index: int = 0
+    """Its place among those compared."""
 
     @property
     def file_name(self) -> str:
-        return re.sub(r"[^A-Za-z0-9._=+-]+", "-", self.name).strip("-.") or "variant"
+        """Of its own among those compared."""
+        return f"{self.index + 1}-{re.sub(r'[^A-Za-z0-9._=+-]+', '-', self.name)}".rstrip("-.")
 
 
 def variants(path: str, overrides: list[str], compare: list[str]) -> list[Variant]:
@@ -37,12 +41,11 @@ def variants(path: str, overrides: list[str], compare: list[str]) -> list[Varian
     if not compare:
         return [Variant(Path(path).stem, base)]
     given = [pair for text in compare for pair in (_read(Path(text)) if text.endswith((".yaml", ".yml")) else [_parse(text)])]
-    found = [Variant(name, _changed(base, name, changes)) for name, changes in given]
-    names = [variant.file_name for variant in found]
-    for variant in found:
-        if names.count(variant.file_name) > 1:
-            raise ConfigError(f"--compare: two variants are called {variant.name!r}; give each a name of its own")
-    return found
+    names = [name for name, _ in given]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"--compare: two variants are called {name!r}; give each a name of its own")
+    return [Variant(name, _changed(base, name, changes), index) for index, (name, changes) in enumerate(given)]
 
 
 def _parse(text: str) -> tuple[str, list[str]]:
@@ -61,14 +64,16 @@ def _parse(text: str) -> tuple[str, list[str]]:
 def _read(path: Path) -> list[tuple[str, list[str]]]:
     """A mapping of names to overrides, each a text like --compare's."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
         raise ConfigError(f"--compare {path}: can't be read: {error.strerror}") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--compare {path}: is no YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(tree, dict) or not tree or not all(isinstance(value, str | None) for value in tree.values()):
+    # Nodes, of which none is lost where a name stands twice.
+    pairs = tree.value if isinstance(tree, yaml.MappingNode) else []
+    if not pairs or not all(isinstance(node, yaml.ScalarNode) for pair in pairs for node in pair):
         raise ConfigError(f"--compare {path}: give a line NAME: section.key=value ... for each variant")
-    return [_parse(f"{name}: {changes or ''}") for name, changes in tree.items()]
+    return [_parse(f"{name.value}: {'' if changes.value in _NOTHING else changes.value}") for name, changes in pairs]
 
 
 def _changed(base: RunConfig, name: str, changes: list[str]) -> RunConfig:

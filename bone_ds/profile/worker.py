@@ -6,27 +6,28 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from bone_ds import arch, ds_json
+from bone_ds import arch, ds_json, resolution
 from bone_ds import engine as engines
 from bone_ds.arch import Batch
 from bone_ds.config import RunConfig
 from bone_ds.data import GlobalOrder, collate_chunks, deal, load_samples
 from bone_ds.data.order import Window
 from bone_ds.engine import Engine
-from bone_ds.inject import with_rank
 from bone_ds.launch import Ranks
 from bone_ds.profile import kinds, memory
 from bone_ds.profile.clock import ClockedEngine, wait
 from bone_ds.profile.matrix_peak import matrix_peak_flops
 from bone_ds.profile.measurement import Failure, Measurement, Step
 from bone_ds.progress import hold_log_lines
+from bone_ds.resolution import DTYPES
 from bone_ds.step import learning_rate, optimizer_step
-from bone_ds.train import DTYPES, build_engine
+from bone_ds.train import build_engine
 
 OUT_OF_MEMORY = 3
 """The exit code of a worker that could not allocate."""
@@ -41,18 +42,17 @@ def measure(config: RunConfig, ranks: Ranks, steps: int, instruments: bool, out:
         hold_log_lines()  # the first says the same
     try:
         with engines.distributed(ranks):
-            measurement = _measure(config, ranks, steps, instruments, out)
-        if ranks.is_first:
-            measurement.write(out)
+            _measure(config, ranks, steps, instruments, out)
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
             raise
-        Failure(f"does not fit: {str(error).splitlines()[0]}").write(out)
+        if not out.exists():
+            Failure(f"does not fit: {str(error).splitlines()[0]}").write(out)
         return OUT_OF_MEMORY
     return 0
 
 
-def _measure(config: RunConfig, ranks: Ranks, steps: int, instruments: bool, out: Path) -> Measurement:
+def _measure(config: RunConfig, ranks: Ranks, steps: int, instruments: bool, out: Path) -> None:
     device = engines.device(ranks)
     run = _Run(config, ranks, device)
     run.step(run.heaviest, run.engine)  # untimed: it makes the optimizer's state and fills the caches
@@ -60,7 +60,12 @@ def _measure(config: RunConfig, ranks: Ranks, steps: int, instruments: bool, out
     resident_bytes, allocated_bytes, reserved_bytes = (run.largest(value) for value in _high_water_bytes(device))
     engines.barrier()  # the ranks share the machine in a step, and so they do here
     peak_flops = matrix_peak_flops(DTYPES[config.model.dtype], device)
-    profiled = counted = None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    timed_alone = Measurement(
+        ranks.world_size, name, run.trainable_parameters, timed, resident_bytes, allocated_bytes, reserved_bytes, peak_flops, None, None)
+    if ranks.is_first:
+        timed_alone.write(out)  # the instruments need memory of their own, and may be killed for it
+    engines.barrier()  # no rank fails before
     if instruments:
         # Beside the measurement, for viewers of such files.
         trace, snapshot = (out.with_suffix(ending) if ranks.is_first else None for ending in (".trace.json.gz", ".snapshot.pickle"))
@@ -68,11 +73,9 @@ def _measure(config: RunConfig, ranks: Ranks, steps: int, instruments: bool, out
         profiled = kinds.profiled(lambda: run.step(first, ClockedEngine(run.engine, device)), run.engine, run.adapted(), device, trace)
         with _recorded(device, snapshot):
             counted = memory.counted(lambda engine: run.step(run.heaviest, engine), run.engine, device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        if ranks.is_first:
+            replace(timed_alone, kinds=profiled, memory=counted).write(out)
     run.engine.deepspeed.destroy()
-    return Measurement(
-        ranks.world_size, name, run.trainable_parameters, timed, resident_bytes, allocated_bytes, reserved_bytes, peak_flops, profiled,
-        counted)
 
 
 class _Run:
@@ -82,10 +85,9 @@ class _Run:
         torch.manual_seed(config.train.seed)
         self.ranks, self.device = ranks, device
         architecture = arch.resolve(config.model)
+        resolution.check(config, architecture)
         source = architecture.open(config.model)
-        with torch.device("meta"):
-            shapes = architecture.build(source, DTYPES[config.model.dtype])
-        self.config = config.model_copy(update={"adapter": with_rank(shapes, architecture, config.adapter)})
+        self.config = resolution.resolve(config, architecture, source)
         self.samples = load_samples(config.data, architecture.tokenizer(source))
         self.order = GlobalOrder(
             self.samples, config.data.packing, config.data.max_length, config.train.global_batch_size, config.train.seed)
