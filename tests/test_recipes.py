@@ -53,7 +53,7 @@ def test_a_papers_recipe_takes_what_it_says(path):
     ranks = int(ranks)
     assert where == ("one GPU" if ranks == 1 else f"each of {ranks} GPUs")
     outcome = planned(planned_part(path), ranks)
-    assert outcome.peak_bytes / GIB == pytest.approx(float(gib), abs=0.06)
+    assert outcome.peak_bytes / GIB == pytest.approx(float(gib), abs=0.1)
     assert outcome.peak_bytes < 0.97 * int(card_gib) * GIB
     assert outcome.trainable_parameters == next(TRAINABLE[name] for name in sorted(TRAINABLE, key=len, reverse=True)
                                                 if path.stem.startswith(name))
