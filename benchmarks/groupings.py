@@ -4,7 +4,7 @@ Every method trains 40 steps at three rates on one seed; the best is the lowest 
 highest or lowest rate tried, the next one is tried too, twice at most. At its best rate every method then trains 80 steps on two other
 seeds, and is judged on a test split that no rate was chosen on. A seed is the order of the data and LoRA's first matrix: all methods have
 the same samples in the same order. Budgets are as near as ranks allow and printed. Times are not compared, so that a study may go on
-in another session or on another machine. A rate at which the loss is no longer finite counts as one of infinite loss.
+at another time or on another machine. A rate at which the loss is no longer finite counts as one of infinite loss.
 
     python benchmarks/groupings.py smollm2 --model DIR --data DIR --work DIR [--quick] [--json FILE]
     python benchmarks/groupings.py rwkv6 --model rwkv6-tiny-3m.pth --data DIR --work DIR [--quick] [--json FILE]
