@@ -9,6 +9,7 @@ each matrix of B, _GMR the (M, r) of a weight that each matrix acts on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -174,24 +175,24 @@ class _FusedRow:
         return dB_GRR.add_(_in_blocks(D_OI, r).sum(0).transpose(0, 1))
 
 
-SLAB_BYTES = 2**25
-"""Of a weight, for col. On a CPU, products of such slabs take no longer than whole ones; half as large, those for dx take 8% longer."""
+WORKSPACE_BYTES = 30 * 2**20
+"""For what col builds of a weight at a time. From 32 MiB up, glibc takes new pages for every tensor, and two tensors of half as much are
+given back to the system as soon as they are freed: writing new pages costs a CPU as much as the building does."""
 
 
 class _FusedCol:
     """Builds W' for the product, slab by slab, and drops it; again in backward, and then the weight's gradient.
 
-    Of the weight's size there are two slabs at a time at most, in memory that the next ones use again: memory that is new for each slab
-    costs a CPU as much as the building does.
+    What is built lies in one workspace that the next slab uses again.
     """
 
     def forward(self, x_NI: Tensor, W_OI: Tensor, B_GRR: Tensor, bias_O: Tensor | None) -> tuple[Tensor, None]:
         r = B_GRR.shape[-1]
         y_NO = x_NI.new_empty(len(x_NI), len(W_OI)) if bias_O is None else bias_O.repeat(len(x_NI), 1)
         size = self.slab_size(W_OI, 0, r)
-        memory = _memory_like(W_OI[:size])
+        workspace = W_OI.new_empty(size * W_OI.shape[1])
         for W_SI, B_SRR, y_NS in zip(W_OI.split(size), B_GRR.split(size // r), y_NO.split(size, dim=1)):
-            built_SI = self.build(W_SI, B_SRR, memory)
+            built_SI = self.build(W_SI, B_SRR, workspace)
             torch.addmm(y_NS, x_NI, built_SI.t(), beta=0 if bias_O is None else 1, out=y_NS)
         return y_NO, None
 
@@ -205,48 +206,47 @@ class _FusedCol:
     def dx(self, g_NO: Tensor, W_OI: Tensor, B_GRR: Tensor) -> Tensor:
         """In slabs of inputs: those of outputs would have to be summed, and each sum rounded."""
         dx_NI = g_NO.new_empty(len(g_NO), W_OI.shape[1])
-        size = self.slab_size(W_OI, 1, B_GRR.shape[-1])
-        memory, memory_of_copy = _memory_like(W_OI[:, :size]), None
+        # A slab of columns is copied first, to be an operand of the building: two parts of the workspace.
+        parts = 1 if W_OI.nbytes <= WORKSPACE_BYTES and W_OI.is_contiguous() else 2
+        size = self.slab_size(W_OI, 1, B_GRR.shape[-1], parts)
+        workspaces = W_OI.new_empty(parts, size * W_OI.shape[0])
         for W_OS, dx_NS in zip(W_OI.split(size, dim=1), dx_NI.split(size, dim=1)):
-            if not W_OS.is_contiguous():
-                memory_of_copy = _memory_like(W_OS) if memory_of_copy is None else memory_of_copy
-                W_OS = _within(memory_of_copy, W_OS.shape).copy_(W_OS)
-            torch.mm(g_NO, self.build(W_OS, B_GRR, memory), out=dx_NS)
+            if parts == 2:
+                W_OS = _within(workspaces[1], W_OS.shape).copy_(W_OS)
+            torch.mm(g_NO, self.build(W_OS, B_GRR, workspaces[0]), out=dx_NS)
         return dx_NI
 
     def dB(self, g_NO: Tensor, x_NI: Tensor, W_OI: Tensor, r: int) -> Tensor:
         dB_GRR = W_OI.new_empty(W_OI.shape[0] // r, r, r)
         size = self.slab_size(W_OI, 0, r)
-        memory = _memory_like(W_OI[:size])
+        workspace = W_OI.new_empty(size * W_OI.shape[1])
         for W_SI, g_NS, dB_SRR in zip(W_OI.split(size), g_NO.split(size, dim=1), dB_GRR.split(size // r)):
-            D_SI = torch.mm(g_NS.t(), x_NI, out=_within(memory, W_SI.shape))
+            D_SI = torch.mm(g_NS.t(), x_NI, out=_within(workspace, W_SI.shape))
             W_SMR, D_SMR = (part.reshape(len(dB_SRR), -1, r) for part in (W_SI, D_SI))
             torch.bmm(W_SMR.transpose(1, 2), D_SMR, out=dB_SRR)
             dB_SRR += _in_blocks(D_SI, r).sum(2)
         return dB_GRR
 
-    def slab_size(self, W_OI: Tensor, dim: int, r: int) -> int:
-        """How much of a dimension is in a slab: blocks of r."""
-        block_bytes = r * W_OI.shape[1 - dim] * W_OI.element_size()
-        return min(r * max(1, SLAB_BYTES // block_bytes), W_OI.shape[dim])
+    def slab_size(self, W_OI: Tensor, dim: int, r: int, parts: int = 1) -> int:
+        """How much of a dimension is in a slab, so that `parts` of them fit the workspace: blocks of r, in slabs of about equal size."""
+        blocks = W_OI.shape[dim] // r
+        block_bytes = r * W_OI.shape[1 - dim] * W_OI.element_size() * parts
+        slabs = math.ceil(blocks / max(1, WORKSPACE_BYTES // block_bytes))
+        return r * math.ceil(blocks / slabs)
 
-    def build(self, W_SI: Tensor, B_GRR: Tensor, memory: Tensor) -> Tensor:
-        """W'_ab = W_ab + W_ab B_a + B_a of the slab, paper eq. 7, in `memory`."""
+    def build(self, W_SI: Tensor, B_GRR: Tensor, workspace: Tensor) -> Tensor:
+        """W'_ab = W_ab + W_ab B_a + B_a of the slab, paper eq. 7, in the workspace."""
         r = B_GRR.shape[-1]
-        built_SI = _within(memory, W_SI.shape)
+        built_SI = _within(workspace, W_SI.shape)
         torch.add(_in_blocks(W_SI, r), B_GRR[:, :, None], out=_in_blocks(built_SI, r))
         built_GMR = built_SI.view(len(B_GRR), -1, r)
         torch.baddbmm(built_GMR, W_SI.reshape(built_GMR.shape), B_GRR, out=built_GMR)
         return built_SI
 
 
-def _memory_like(slab: Tensor) -> Tensor:
-    return slab.new_empty(slab.numel())
-
-
-def _within(memory: Tensor, shape: torch.Size) -> Tensor:
-    """The beginning of flat memory as a tensor of the shape."""
-    return memory[:shape.numel()].view(shape)
+def _within(workspace: Tensor, shape: torch.Size) -> Tensor:
+    """The beginning of a flat workspace as a tensor of the shape."""
+    return workspace[:shape.numel()].view(shape)
 
 
 class _FrozenProduct(torch.autograd.Function):
