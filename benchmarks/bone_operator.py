@@ -239,12 +239,16 @@ def _memory(layers: Layers, model: Model, dtype: torch.dtype, tokens: int) -> tu
 
 
 def _seconds(methods: dict[str, Layers], model: Model, dtype: torch.dtype, tokens: int, seconds: float, turns: int) -> dict[str, list]:
-    """At least three turns after one to warm up, as many as fit into `seconds`, but at most `turns`; None where a method was left out."""
+    """Three turns after one to warm up, then as many as fit into `seconds`, but at most `turns`; None where a method was left out.
+
+    The methods without a target are left out from the second turn on.
+    """
     inputs, gradients = _streams(model, dtype, tokens)
     taken: dict[str, list] = {name: [] for name in methods}
-    begin = time.monotonic()
+    begins: list[float] = []
     for turn in range(turns + 1):
-        if turn > 3 and (time.monotonic() - begin) * (turn + 1) / turn > seconds:
+        begins.append(time.monotonic())
+        if turn > 3 and begins[-1] - begins[4] + begins[-1] - begins[-2] > seconds:
             break
         for name, layers in methods.items():
             often = name in TIMED_OFTEN or name.startswith("peft lora")
@@ -312,7 +316,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048])
-    parser.add_argument("--seconds", type=float, default=60, help="for each model, dtype and number of tokens; three turns at least")
+    parser.add_argument("--seconds", type=float, default=45, help="for turns after the third, for each model, dtype and number of tokens")
     parser.add_argument("--turns", type=int, default=15, help="at most, for each")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()

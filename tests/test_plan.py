@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -375,12 +376,24 @@ def test_stage_3_shares_and_gathers():
     modules = [[("embedding", 5 * MILLION)], *([(f"{layer}", 10 * MILLION), (f"{layer}.norm", 1000)] for layer in range(4))]
     zero_section = {"stage": 3, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0}
     ds = {"zero_optimization": zero_section}
-    assert zero.gathered(ds, 1, modules).most == 0
-    assert zero.gathered(ds, 2, modules).most < 2 * 10 * MILLION + 3000  # a module's flat buffer and its copies
+    gathered = partial(zero.gathered, forward=modules, backward=modules[::-1])
+    assert gathered(ds, 1).most == 0
+    assert gathered(ds, 2).most < 2 * 10 * MILLION + 3000  # a module's flat buffer and its copies
     zero_section["stage3_max_reuse_distance"] = 10**9
-    assert zero.gathered(ds, 2, modules).at_end_of_forward >= 45 * MILLION
+    assert gathered(ds, 2).at_end_of_forward >= 45 * MILLION
     halves = [zero.engine_memory(ds, ranks, [4 * MILLION], [MILLION], 2, True).fixed["weights"] for ranks in (1, 2)]
     assert halves == [8 * MILLION, 4 * MILLION]
+
+
+def test_stage_3_gathers_again_what_is_recomputed():
+    layers = [[[(f"{layer}.{part}", 10 * MILLION)] for part in range(6)] for layer in range(3)]
+    forward = [module for layer in layers for module in layer]
+    again = [module for layer in reversed(layers) for module in (*layer, *reversed(layer))]
+    ds = {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 65 * MILLION,
+                                "stage3_param_persistence_threshold": 0}}
+    plain, recomputed = zero.gathered(ds, 2, forward, forward[::-1]), zero.gathered(ds, 2, forward, again)
+    assert plain.at_start_of_backward == 40 * MILLION  # 65 million later it is needed again: three modules and the one that runs
+    assert recomputed.at_start_of_backward == 60 * MILLION  # the whole last layer
 
 
 def test_the_parts_of_memory_add_up(tiny):

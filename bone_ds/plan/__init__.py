@@ -26,17 +26,14 @@ from bone_ds.resolution import DTYPES
 
 __all__ = ["Change", "Flops", "Plan", "Workload", "line", "of_run", "plan", "process", "refusal", "table", "warning"]
 
-_MANY_STEPS = 1000
-"""Where the number of steps isn't known."""
 _FILE_HEADER_BYTES = 90
 """Of one tensor in a safetensors file, about."""
 
 
-def plan(config: RunConfig, world_size: int, device: str = "cpu", capacity_bytes: int | None = None, steps: int | None = None) -> Plan:
+def plan(config: RunConfig, world_size: int, device: str = "cpu", capacity_bytes: int | None = None) -> Plan:
     """Plans from the files that are there; what isn't is assumed and said in `notes`. Raises BoneError.
 
-    device: cpu or cuda, of the run, not of this process. capacity_bytes: of one rank. steps: after how many the
-    resident set is read (cpu), which grows with them; default the whole run.
+    device: cpu or cuda, of the run, not of this process. capacity_bytes: of one rank.
     """
     architecture = arch.resolve(config.model)
     resolution.check(config, architecture)
@@ -44,18 +41,18 @@ def plan(config: RunConfig, world_size: int, device: str = "cpu", capacity_bytes
     notes = [] if source.fingerprint else [f"{config.model.path}: the weights are not there; planned from the sizes of {source.origin}"]
     samples, missing = _samples(config, architecture, source)
     return of_run(config, world_size, architecture, source, samples, device=device, capacity_bytes=capacity_bytes,
-                  notes=(*notes, *missing), steps=steps)
+                  notes=(*notes, *missing))
 
 
 def of_run(config: RunConfig, world_size: int, architecture: Architecture, source: Source, samples: Samples | None,
            order: GlobalOrder | None = None, device: str = "cpu", capacity_bytes: int | None = None, held_bytes: int | None = None,
-           notes: tuple[str, ...] = (), steps: int | None = None) -> Plan:
+           notes: tuple[str, ...] = ()) -> Plan:
     """As `plan`, of what is open and loaded already. held_bytes: what the process holds by now (cpu)."""
     order = order or (samples and workload.order_of(config, samples))
 
     def again(changed: RunConfig, ranks: int) -> Plan:
         batches = _batches(changed, ranks, architecture, *_redealt(config, changed, samples, order))
-        return _planned(changed, ranks, architecture, source, *batches, device, held_bytes, steps)
+        return _planned(changed, ranks, architecture, source, *batches, device, held_bytes)
 
     planned = again(config, world_size)
     planned = replace(planned, capacity_bytes=capacity_bytes, notes=(*notes, *planned.notes))
@@ -79,16 +76,13 @@ def _batches(config: RunConfig, world_size: int, architecture: Architecture, sam
 
 
 def _planned(config: RunConfig, world_size: int, architecture: Architecture, source: Source, work: Workload, heaviest: workload.Heaviest,
-             device: str, held_bytes: int | None, steps: int | None) -> Plan:
+             device: str, held_bytes: int | None) -> Plan:
     ds, shape = ds_json.resolve(config, world_size), heaviest.shape
     accumulation_steps = ds_json.accumulation_steps(config, world_size)
     accumulates = accumulation_steps > 1 or bool(config.train.chunk_length)
-    chunks = -(-config.data.max_length // config.train.chunk_length) if config.train.chunk_length else 1
-    micro_batches = (steps or work.steps or _MANY_STEPS) * accumulation_steps * chunks
     traced = trace.trace(config, architecture, source, ds_json.activation_policy(ds), shape, device)
     held = memory.memory(traced, ds, world_size, DTYPES[config.model.dtype].itemsize, accumulates, device,
-                         later_share=heaviest.later_tokens / shape.tokens, micro_batches=micro_batches, packing=config.data.packing,
-                         held_bytes=held_bytes)
+                         later=heaviest.later, held_bytes=held_bytes)
     trainable, not_planned = memory.trainable_elements(traced), zero.not_planned(ds)
     return Plan(
         model=source.origin, notes=(*not_planned, *_in_host(traced)), complete=not not_planned, device=device, world_size=world_size,

@@ -23,44 +23,48 @@ class Memory:
         return sum(self.live_by_component.values())
 
 
-def memory(traced: Trace, ds: dict, world_size: int, dtype_bytes: int, accumulates: bool, device: str, later_share: float = 1.0,
-           micro_batches: int = 1, packing: bool = False, held_bytes: int | None = None) -> Memory:
-    """later_share: how long the micro-batches after a step's first are, of its. micro_batches: of one rank in the whole run.
-    held_bytes: what the process holds already (cpu).
+def memory(traced: Trace, ds: dict, world_size: int, dtype_bytes: int, accumulates: bool, device: str,
+           later: tuple[float, float] = (1.0, 1.0), held_bytes: int | None = None) -> Memory:
+    """later: how many tokens and label tokens the micro-batches after a step's first have, as shares of its. held_bytes: what
+    the process holds already (cpu).
     """
     trainable = zero.elements(list(traced.trainable.values()))
     engine = zero.engine_memory(ds, world_size, traced.weights, trainable, dtype_bytes, accumulates)
-    whole = zero.gathered(ds, world_size, traced.modules)
-    phases = _phases(traced, engine, whole, dtype_bytes, later_share)
+    whole = zero.gathered(ds, world_size, traced.modules, traced.modules_in_backward)
+    phases = _phases(traced, engine, whole, dtype_bytes, later)
     live_peak = max(phases.values(), key=Counter.total)
     if device == "cuda":
         return _on_cuda(live_peak)
     phases["save"] = Counter(engine.fixed) + Counter(engine.save)
     context_bytes = process.CPU_CONTEXT_BYTES if held_bytes is None else held_bytes
-    return _on_cpu(phases, engine, context_bytes, micro_batches, packing, live_peak)
+    return _on_cpu(phases, engine, context_bytes, whole.most * dtype_bytes, dtype_bytes, live_peak)
 
 
 def _phases(traced: Trace, engine: zero.EngineMemory, whole: zero.Gathered, dtype_bytes: int,
-            later_share: float) -> dict[str, Counter]:
+            later: tuple[float, float]) -> dict[str, Counter]:
     """Bytes by component at the peak of each part of a step; `later` are micro-batches that find gradients of those before."""
+    later_tokens, later_labels = later
     fixed, between = Counter(engine.fixed) + Counter(weights=traced.buffers_bytes), Counter(engine.between)
     forward = Counter(activations=traced.kept_bytes, transient=traced.forward_peak_bytes - traced.kept_bytes,
                       gathered=whole.at_end_of_forward * dtype_bytes)
+    fetch = Counter(activations=int(traced.kept_bytes * whole.forward_at_most), transient=traced.within_a_layer,
+                    gathered=whole.most * dtype_bytes)
     transient = traced.backward_peak_bytes - traced.kept_at_backward_peak
     backward = Counter(activations=traced.kept_at_backward_peak, transient=transient, gathered=whole.at_start_of_backward * dtype_bytes)
     return {
         "forward": fixed + forward,
         "backward": fixed + Counter(engine.backward) + backward,
-        "later forward": fixed + between + _scaled(forward, later_share),
-        "later backward": fixed + (between | Counter(engine.backward)) + _scaled(backward, later_share),
+        # In forward it is the loss that holds much for a moment, by label tokens.
+        "later forward": fixed + between + _scaled(forward, later_tokens, later_labels),
+        "later backward": fixed + (between | Counter(engine.backward)) + _scaled(backward, later_tokens, later_tokens),
         "end of backward": fixed + Counter(engine.end_of_backward) + Counter(activations=traced.kept_by_a_layer, transient=transient),
         "update": fixed + Counter(engine.update),
-        "fetch": fixed + between + Counter(gathered=whole.most * dtype_bytes),
+        "fetch": fixed + between + fetch,
     }
 
 
-def _scaled(parts: Counter, share: float) -> Counter:
-    return Counter({name: size if name == "gathered" else int(share * size) for name, size in parts.items()})
+def _scaled(parts: Counter, activations: float, transient: float) -> Counter:
+    return Counter({**parts, "activations": int(activations * parts["activations"]), "transient": int(transient * parts["transient"])})
 
 
 def _on_cuda(live: Counter) -> Memory:
@@ -68,14 +72,14 @@ def _on_cuda(live: Counter) -> Memory:
     return Memory(_ordered(held), held.total(), _ordered(live))
 
 
-def _on_cpu(phases: dict[str, Counter], engine: zero.EngineMemory, context_bytes: int, micro_batches: int, packing: bool,
+def _on_cpu(phases: dict[str, Counter], engine: zero.EngineMemory, context_bytes: int, gathered_bytes: int, dtype_bytes: int,
             live_peak: Counter) -> Memory:
     """Pages that nobody writes to are not resident, and malloc keeps much of what is freed for tensors of other sizes."""
     touched = {name: phase - Counter(buckets=min(engine.untouched_bytes, phase["buckets"])) for name, phase in phases.items()}
     highest = max(touched.values(), key=Counter.total)
     stays = sum(engine.fixed.values()) - min(engine.untouched_bytes, engine.fixed.get("buckets", 0))
     comes_and_goes = highest.total() - stays
-    slack = process.cpu_slack_bytes(max(0, comes_and_goes), micro_batches, packing)
+    slack = process.cpu_slack_bytes(max(0, comes_and_goes), gathered_bytes, dtype_bytes)
     held = highest + Counter(context=context_bytes, slack=slack)
     return Memory(_ordered(held), held.total(), _ordered(live_peak))
 

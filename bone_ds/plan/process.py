@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import resource
 from dataclasses import dataclass
-from math import log2
 from pathlib import Path
 
 from bone_ds.errors import ConfigError
@@ -17,11 +16,12 @@ from bone_ds.errors import ConfigError
 MIB = 2**20
 CPU_CONTEXT_BYTES = 520 * MIB
 """Resident when every library is imported and the process group stands, with a small data set."""
-CPU_SLACK_BYTES = 100 * MIB
+CPU_SLACK_BYTES = 190 * MIB
 """Of what libraries load or set up in the first steps."""
-CPU_SLACK_SHARE = {True: 0.23, False: 0.04}
-"""By packing: documents of all lengths follow each other, or batches of falling length."""
-CPU_MOST_SLACK_SHARE = 1.5
+CPU_SLACK_SHARE = {2: 0.45, 4: 0.03}
+"""By the bytes of the model's dtype: of half the size, tensors lie in the heap, and leave holes there, where the others are mapped."""
+CPU_GATHER_SHARE = 0.75
+"""The process group's own copies of what stage 3 gathers."""
 CUDA_CONTEXT_BYTES = 500 * MIB
 CUDA_SLACK_BYTES = 892 * MIB
 """Only the sum of the two is known."""
@@ -80,10 +80,9 @@ def _control_group_bytes(group: _ControlGroup) -> int | None:
     return int(limit) - int(used) + sum(int(sizes.get(name, 0)) for name in group.file_pages)
 
 
-def cpu_slack_bytes(comes_and_goes_bytes: int, micro_batches: int, packing: bool) -> int:
-    """What malloc keeps between tensors of other sizes, of those that come and go in a step: more with every doubling of batches."""
-    share = CPU_SLACK_SHARE[packing] * log2(micro_batches + 1)
-    return CPU_SLACK_BYTES + int(min(CPU_MOST_SLACK_SHARE, share) * comes_and_goes_bytes)
+def cpu_slack_bytes(comes_and_goes_bytes: int, gathered_bytes: int, dtype_bytes: int) -> int:
+    """What malloc keeps between tensors of other sizes, of those that come and go in a step, and what communication takes."""
+    return CPU_SLACK_BYTES + int(CPU_SLACK_SHARE[dtype_bytes] * comes_and_goes_bytes + CPU_GATHER_SHARE * gathered_bytes)
 
 
 def resident_bytes() -> int:

@@ -6,8 +6,11 @@ that are alike three are run, and the others count as the second of them: the fi
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import itertools
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -51,6 +54,8 @@ class Trace:
 
     modules: tuple[tuple[tuple[str, int], ...], ...]
     """About in the order of forward: (name, elements) of the parameters that each module owns itself."""
+    modules_in_backward: tuple[tuple[tuple[str, int], ...], ...]
+    """The same in the order of backward; those within a recomputed module run forward once more before."""
     weights: tuple[int, ...]
     """Elements of each frozen tensor."""
     trainable: dict[str, tuple[int, ...]]
@@ -65,6 +70,8 @@ class Trace:
     host_bytes: int
     """What cpu_checkpointing keeps in host memory; 0 on a CPU, where that is the same memory."""
     forward_peak_bytes: int
+    within_a_layer: int
+    """The most that forward through one residual block adds to what it has begun with."""
     backward_peak_bytes: int
     kept_at_backward_peak: int
     """Of backward_peak_bytes, what forward has kept; the rest is transient."""
@@ -94,7 +101,7 @@ def trace(config: RunConfig, architecture: Architecture, source: Source, policy:
             host.take_inputs(model)
         objective = make_objective(model, architecture, config.train.loss_chunk, config.train.l2wrap)
         facts = {
-            "modules": _modules(objective), "parameters": parameters,
+            **_modules(objective), "parameters": parameters,
             "weights": tuple(parameter.numel() for parameter in objective.parameters() if not parameter.requires_grad),
             "trainable": {name: tuple(parameter.shape) for name, parameter in trainable.items()},
             "buffers_bytes": sum(buffer.nbytes for buffer in objective.buffers()),
@@ -116,11 +123,18 @@ def _make_fake(model: nn.Module) -> dict[int, nn.Parameter]:
     return fake
 
 
-def _modules(objective: Objective) -> tuple[tuple[tuple[str, int], ...], ...]:
+def _modules(objective: Objective) -> dict[str, tuple]:
     names = {id(parameter): name for name, parameter in objective.named_parameters()}
-    owned = ([(names[id(parameter)], parameter.numel()) for parameter in module.parameters(recurse=False)]
-             for module in objective.modules() if not _stands_aside(module, objective))
-    return tuple(tuple(own) for own in owned if own)
+    recomputed = [name for name, module in objective.named_modules() if "forward" in vars(module)]
+    owned = [(next((outer for outer in recomputed if name.startswith(f"{outer}.")), None),
+              tuple((names[id(parameter)], parameter.numel()) for parameter in module.parameters(recurse=False)))
+             for name, module in objective.named_modules() if not _stands_aside(module, objective)]
+    owned = [(outer, own) for outer, own in owned if own]
+    backward: list[Iterable] = []
+    for outer, group in itertools.groupby(reversed(owned), key=lambda pair: pair[0]):
+        last_to_first = [own for _, own in group]
+        backward += [reversed(last_to_first), last_to_first] if outer else [last_to_first]
+    return {"modules": tuple(own for _, own in owned), "modules_in_backward": tuple(itertools.chain(*backward))}
 
 
 def _stands_aside(module: nn.Module, objective: Objective) -> bool:
@@ -189,6 +203,7 @@ class _Run:
         self.live.claim(_FIXED, [*objective.parameters(), *objective.buffers()])
         self.counter = FlopCounter()
         self.in_forward = True
+        self.forward_peak_bytes = self.within_a_layer = self.begun_with_bytes = 0
         self.kept_of: dict[Hashable, Counter[str]] = {}
         self.host_bytes_of: dict[Hashable, int] = {}
         self.flops_of: dict[Hashable, Counter[str]] = {}
@@ -207,13 +222,13 @@ class _Run:
 
     def measure(self, shape: Shape) -> dict:
         state = self._state(shape)
-        with self.live, self.counter:
+        with _collector_at_rest(), self.live, self.counter:
             fixed = self.live.total_bytes
             self.live.reset_peak()
             with self.live.component("other"):
                 loss, after = self.objective(_batch(shape), state, keep_state=shape.continues)
-            forward_peak, kept = self.live.peak_bytes - fixed, {kind: self.live.by_component[kind] for kind in KINDS}
-            self.live.reset_peak()
+            self._end_of_part()
+            kept = {kind: self.live.by_component[kind] for kind in KINDS}
             self.in_forward, self.counter.part = False, "backward"
             with self.live.component(_TRANSIENT):
                 loss.backward()
@@ -224,7 +239,8 @@ class _Run:
             "kept_by_kind": {kind: kept[kind] + more[kind] for kind in KINDS},
             "kept_by_a_layer": max((kept.total() for kept in self.kept_of.values()), default=sum(kept.values())),
             "host_bytes": self.host.bytes + sum(self.host_bytes_of[form] * count for form, count in self.left_out.items()),
-            "forward_peak_bytes": forward_peak + more.total(),
+            "forward_peak_bytes": self.forward_peak_bytes - fixed + more.total(),
+            "within_a_layer": self.within_a_layer,
             # Backward begins with all that is kept, and what it needs to go through one layer.
             "backward_peak_bytes": self.live.peak_bytes - fixed + more.total(),
             "kept_at_backward_peak": sum(self.live.at_peak.get(kind, 0) for kind in KINDS) + more.total(),
@@ -237,13 +253,22 @@ class _Run:
             return None
         with torch.no_grad():
             state = self.objective(_batch(Shape((1,), 0)), None, keep_state=True)[1]
-        self.kept_of, self.flops_of, self.begun = {}, {}, None
+        self.kept_of, self.flops_of, self.begun, self.forward_peak_bytes = {}, {}, None, 0
         return state
+
+    def _end_of_part(self) -> int:
+        """Of forward; its peak, in bytes."""
+        peak_bytes = self.live.peak_bytes
+        self.forward_peak_bytes = max(self.forward_peak_bytes, peak_bytes)
+        self.live.reset_peak()
+        return peak_bytes
 
     def _layer_begins(self, layer: nn.Module, arguments) -> None:
         """From one layer's beginning to the next one's: what lives only until then is no part of what a layer keeps."""
         if not self.in_forward:
             return
+        self._end_of_part()
+        self.begun_with_bytes = self.live.total_bytes
         now, form = Counter(self.live.by_component), self.form_of[id(layer)]
         if self.begun is not None:
             before, its_form, host_bytes = self.begun
@@ -254,6 +279,7 @@ class _Run:
     def _layer_ends(self, layer: nn.Module, arguments, output) -> None:
         if not self.in_forward:
             return
+        self.within_a_layer = max(self.within_a_layer, self._end_of_part() - self.begun_with_bytes)
         form = self.form_of[id(layer)]
         self.flops_of[form] = self.counter.by_part - self.flops_before
         out = output if isinstance(output, Tensor) else output[0]
@@ -273,6 +299,19 @@ class _Run:
     def _as_kind(self, kind: str, forward: Callable, *args, **kwargs):
         with self.live.component(kind if self.in_forward else _TRANSIENT):
             return forward(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """Tensors in cycles die when Python's collector comes by, at another moment in every run: here, after it."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _drop_gradient(parameter: nn.Parameter) -> None:

@@ -26,6 +26,12 @@ class Heaviest:
     """A first micro-batch of a step, which is dealt the longest units, or one as heavy."""
     later_tokens: int
     """The most tokens of one that follows in a step, when gradients of those before it are there."""
+    later_label_tokens: int
+
+    @property
+    def later(self) -> tuple[float, float]:
+        """Shares of the shape's tokens and of its label tokens, which may be fewer."""
+        return self.later_tokens / self.shape.tokens, self.later_label_tokens / max(1, self.shape.label_tokens)
 
 
 def order_of(config: RunConfig, samples: Samples) -> GlobalOrder:
@@ -45,9 +51,10 @@ def of_samples(config: RunConfig, world_size: int, samples: Samples, order: Glob
     firsts, laters = [], []
     for is_first, shape in _shapes(config, world_size, samples, windows):
         (firsts if is_first else laters).append(shape)
-    heaviest = Heaviest(_heaviest(firsts, document_tokens), max((shape.tokens for shape in laters), default=0))
+    later = max((shape.tokens for shape in laters), default=0), max((shape.label_tokens for shape in laters), default=0)
+    heaviest = Heaviest(_heaviest(firsts, document_tokens), *later)
     if heaviest.later_tokens > heaviest.shape.tokens:
-        heaviest = Heaviest(_heaviest(firsts + laters, document_tokens), heaviest.later_tokens)
+        heaviest = replace(heaviest, shape=_heaviest(firsts + laters, document_tokens))
     tokens = sum(sum(window.unit_tokens) for window in windows) / len(windows)
     labels = sum(window.label_tokens for window in windows) / len(windows)
     return Workload(steps, round(tokens, 1), round(labels, 1), asdict(samples.report), described(heaviest.shape)), heaviest
@@ -60,7 +67,7 @@ def assumed(config: RunConfig) -> tuple[Workload, Heaviest]:
     shape = Shape(lengths, sum(lengths) - len(lengths), continues=bool(train.chunk_length))
     tokens = train.global_batch_size * data.max_length
     work = Workload(train.steps, float(tokens), float(tokens - train.global_batch_size), None, described(shape))
-    return work, Heaviest(shape, shape.tokens)
+    return work, Heaviest(shape, shape.tokens, shape.label_tokens)
 
 
 def cut(samples: Samples, data: DataConfig) -> Samples:

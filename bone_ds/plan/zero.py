@@ -18,6 +18,8 @@ _DEFAULT_PERSISTENCE = 100_000
 _DEFAULT_DISTANCE = 1_000_000_000
 _DEFAULT_SUB_GROUP = 1_000_000_000
 _UNBOUNDED = 2**63
+_START_OF_BACKWARD = 4
+"""Modules."""
 _FP32_NAMES = ("fp32", "float32", "float", "torch.float32")
 _NOT_PLANNED = {"zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zero_quantized_nontrainable_weights": False}
 """By what switches them off."""
@@ -162,19 +164,29 @@ class Gathered:
     at_end_of_forward: int
     at_start_of_backward: int
     most: int
+    forward_at_most: float
+    """How far forward is when it holds the most, 0 to 1."""
 
 
-def gathered(ds: dict, world_size: int, modules: Modules) -> Gathered:
+def gathered(ds: dict, world_size: int, forward: Modules, backward: Modules) -> Gathered:
     """Of the forward that follows on the first recorded one: everything is fetched anew, with what DeepSpeed prefetches.
 
     One rank gathers nothing: its shares are the parameters.
     """
     if ds["zero_optimization"]["stage"] < 3 or world_size == 1:
-        return Gathered(0, 0, 0)
-    coordinator = _Coordinator(ds["zero_optimization"], [*modules, *reversed(modules)])
-    held = [coordinator.run(step) for step in range(2 * len(modules))]
-    middle = len(modules)
-    return Gathered(max(held[middle - 2:middle]), max(held[middle:middle + 4]), max(held))
+        return Gathered(0, 0, 0, 0.0)
+    coordinator = _Coordinator(ds["zero_optimization"], [*forward, *backward])
+    held = [coordinator.run(step) for step in range(len(forward) + len(backward))]
+    middle = len(forward)
+    most = max(held)
+    return Gathered(max(held[middle - 2:middle]), max(held[middle:middle + _start(backward)]), most, min(1.0, held.index(most) / middle))
+
+
+def _start(backward: Modules) -> int:
+    """How many modules run while what forward has kept is all there still: through the first recomputed layer, if there is one."""
+    # Its last module runs again at once, for its own backward.
+    turn = next((step for step in range(1, len(backward)) if backward[step] == backward[step - 1]), 0)
+    return max(_START_OF_BACKWARD, turn + 1)
 
 
 @dataclass

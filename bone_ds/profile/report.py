@@ -21,8 +21,6 @@ from bone_ds.provenance import provenance
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft")
 _FAILED = 1
-_UNTIMED_STEPS = 1
-"""Before the timed ones, when the resident set is read."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def run(request: Request, json_path: Path | None, csv_path: Path | None, say: Ca
 def _plan(variant: Variant, request: Request, device: str, say: Callable[[str], None]) -> Plan | None:
     """None where the model can be measured alone: its sizes aren't known before it is read, or fake tensors don't carry it."""
     try:
-        return plans.plan(variant.config, request.world_size, device, steps=_UNTIMED_STEPS + request.steps)
+        return plans.plan(variant.config, request.world_size, device)
     except CheckpointError as error:
         say(f"{variant.name}: no prediction: {error}")
     except BoneError as error:
