@@ -1,7 +1,7 @@
 """The adapter on disk: one safetensors file of fp32 tensors whose header says what they are and whose base they fit.
 
-Tensors by method: `MODULE.bone`; `MODULE.lora_A` and `MODULE.lora_B`; `MODULE.time_state` (state); every weight of the model
-by its own name (full).
+Tensors by method: `MODULE.bone`, whose shape follows from grouping and form; `MODULE.lora_A` and `MODULE.lora_B`;
+`MODULE.time_state` (state); every weight of the model by its own name (full).
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from bone_ds.tensor_file import save_file
 
 FORMAT_VERSION = 1
 _KEY = "bone_ds"
+_LATER = {"form", "groups"}
+"""Fields that files written before them don't have."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,16 @@ class Header:
     base_dtype: str
     base_fingerprint: str
     step: int
+    form: str | None = None
+    groups: int | None = None
 
     @property
     def adapter(self) -> AdapterConfig:
         given = {"method": self.method, "layers": None if self.layers is None else tuple(self.layers)}
         if self.method in ("bone", "lora"):
             given |= {"rank": self.rank, "targets": tuple(self.targets)}
-            given |= {"grouping": self.grouping} if self.method == "bone" else {"alpha": self.alpha}
+            bone = {"grouping": self.grouping, "form": self.form or "affine", "groups": self.groups}
+            given |= bone if self.method == "bone" else {"alpha": self.alpha}
         return AdapterConfig.model_validate(given)
 
     @property
@@ -71,7 +76,9 @@ def header_of(config: RunConfig, architecture: Architecture, source: Source, ste
         base_revision=source.revision,
         base_dtype=config.model.dtype,
         base_fingerprint=source.fingerprint,
-        step=step)
+        step=step,
+        form=adapter.form if adapter.method == "bone" else None,
+        groups=adapter.groups if adapter.method == "bone" else None)
 
 
 def write(path: Path, header: Header, tensors: dict[str, Tensor]) -> None:
@@ -125,8 +132,8 @@ def _header(path: Path, metadata: dict[str, str]) -> Header:
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format_version {version!r} is not {FORMAT_VERSION}, the one this version reads")
     names = {field.name for field in fields(Header)}
-    if set(given) != names:
-        odd = sorted(set(given) ^ names)
+    odd = sorted((set(given) ^ names) - _LATER)
+    if odd:
         raise CheckpointError(f"{path}: its header's fields are wrong at {', '.join(odd)}")
     header = Header(**given)
     try:
@@ -152,8 +159,9 @@ def _check_tensor(path: Path, header: Header, name: str, tensor: Tensor) -> None
 
 def _check_shape(path: Path, header: Header, name: str, tensor: Tensor) -> None:
     rank = header.rank
+    bone = (rank, None) if header.grouping == "miss" else (2, None, rank, rank) if header.form == "unconstrained" else (None, rank, rank)
     expected = {
-        "bone": {"bone": (None, rank, rank)},
+        "bone": {"bone": bone},
         "lora": {"lora_A": (rank, None), "lora_B": (None, rank)},
         "state": {"time_state": (None, None, None)},
     }[header.method]
@@ -163,4 +171,6 @@ def _check_shape(path: Path, header: Header, name: str, tensor: Tensor) -> None:
     shape = expected[part]
     if len(shape) != tensor.dim() or any(want not in (None, have) for want, have in zip(shape, tensor.shape)):
         fit = f"does not fit rank {rank}" if rank else f"is not {len(shape)}-dimensional"
+        if header.method == "bone":
+            fit += f", grouping {header.grouping!r}, form {header.form or 'affine'!r}"
         raise CheckpointError(f"{path}: {name}: shape {tuple(tensor.shape)} {fit}")

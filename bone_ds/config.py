@@ -49,15 +49,22 @@ class AdapterConfig(Section):
     method: Literal["bone", "lora", "state", "full"] = Field(
         "bone", description="bone: block affine (the paper). lora: the baseline, through peft. state: RWKV6's initial state alone. "
                             "full: every weight, for small models and as a baseline.")
-    grouping: Literal["row", "col", "left"] = Field(
+    grouping: Literal["row", "col", "left", "free", "miss"] = Field(
         "row", description="Which blocks share a Bone matrix: row costs what LoRA costs; col is the paper's Llama setting; left, ours and "
-                           "not the paper's, has col's parameters at about row's cost.")
+                           "not the paper's, has col's parameters at about row's cost; free deals adapter.groups matrices out in turn; "
+                           "miss adds one D (r, out) to every r inputs, as peft's MiSS does.")
+    groups: int | None = Field(
+        None, ge=1, description="grouping free: the number of matrices of a layer, the paper's g; it divides the number of blocks.")
+    form: Literal["affine", "hadamard", "unconstrained"] = Field(
+        "affine", description="What a block W gains: affine W B + B; hadamard W * B + B, elementwise; unconstrained W A + C, two matrices "
+                              "in place of one. The last two are the paper's ablations, for grouping row, col and free.")
     rank: int = Field(64, ge=1, description="Bone block size r, or LoRA rank.")
     parameters: int | None = Field(
         None, ge=1, description="In place of rank: take the largest one that trains at most so many parameters.")
     alpha: float | None = Field(None, gt=0, description="LoRA scale numerator (scale = alpha / rank); default rank. Not for bone.")
     strategy: Literal["auto", "materialized", "checkpointed", "fused", "factored"] = Field(
-        "auto", description="How Bone is computed, with equal results: auto takes factored for row and left, fused for col.")
+        "auto", description="How Bone is computed, with equal results: auto takes the cheapest, factored for row, left and miss, fused "
+                            "for col and hadamard, for free the one that has fewer products.")
     targets: Texts | None = Field(
         None, description="Module names to adapt, for example [q_proj, v_proj]; default all of the architecture's.")
     layers: Annotated[tuple[int, int], BeforeValidator(_as_tuple)] | None = Field(
@@ -159,11 +166,27 @@ class RunConfig(Section):
 
 _NOT_FOR = {
     "bone": ("alpha",),
-    "lora": ("grouping", "strategy"),
-    "state": ("rank", "parameters", "alpha", "grouping", "strategy", "targets"),
-    "full": ("rank", "parameters", "alpha", "grouping", "strategy", "targets", "layers"),
+    "lora": ("grouping", "groups", "form", "strategy"),
+    "state": ("rank", "parameters", "alpha", "grouping", "groups", "form", "strategy", "targets"),
+    "full": ("rank", "parameters", "alpha", "grouping", "groups", "form", "strategy", "targets", "layers"),
 }
 """Fields of the adapter section by the method they mean nothing to."""
+
+
+def _conflicts_of_bone(adapter: AdapterConfig) -> Iterator[str]:
+    """Combinations of grouping, form and strategy that bone_ds.bone does not have, which is too heavy to be asked here."""
+    if adapter.grouping == "free" and adapter.groups is None:
+        yield "adapter.groups: is missing, adapter.grouping: free needs it; with in/r of a layer it is row"
+    if adapter.grouping != "free" and adapter.groups is not None:
+        yield f"adapter.groups: {adapter.groups} is for adapter.grouping: free, this is {adapter.grouping!r}; remove one"
+    if adapter.grouping in ("left", "miss") and adapter.form != "affine":
+        yield f"adapter.form: {adapter.form!r} exists for adapter.grouping: row, col and free, this is {adapter.grouping!r}; remove one"
+    if adapter.strategy == "factored" and adapter.form == "hadamard":
+        yield "adapter.strategy: 'factored' does not exist for adapter.form: hadamard, which needs the weight itself; use auto or fused"
+    if adapter.strategy == "factored" and adapter.grouping == "col":
+        yield "adapter.strategy: 'factored' exists for adapter.grouping: row, left, free and miss, this is 'col'; use auto or fused"
+    if adapter.strategy == "fused" and adapter.grouping in ("left", "miss"):
+        yield f"adapter.strategy: 'fused' exists for adapter.grouping: row, col, free, this is {adapter.grouping!r}; use auto or factored"
 
 
 def _conflicts(config: RunConfig) -> Iterator[str]:
@@ -181,10 +204,8 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
     for field, names in (("adapter.targets", adapter.targets), ("train.recompute_modules", train.recompute_modules)):
         if names is not None and (not names or len(set(names)) < len(names)):
             yield f"{field}: {list(names)} is empty or names a module twice"
-    if (adapter.grouping, adapter.strategy) == ("col", "factored"):
-        yield "adapter.strategy: 'factored' exists for adapter.grouping: row and left, this is 'col'; use auto or fused"
-    if (adapter.grouping, adapter.strategy) == ("left", "fused"):
-        yield "adapter.strategy: 'fused' exists for adapter.grouping: row and col, this is 'left'; use auto or factored"
+    if adapter.method == "bone":
+        yield from _conflicts_of_bone(adapter)
     if adapter.layers is not None and not 0 <= adapter.layers[0] < adapter.layers[1]:
         yield f"adapter.layers: {list(adapter.layers)} is no range, give [first, last) with 0 <= first < last"
     templates = {"template": data.template, "completion": data.completion}

@@ -68,6 +68,8 @@ def check_fit(path: Path, header: Header, tensors: dict[str, Tensor], architectu
         found, needed = tuple(tensor.shape), tuple(expected[name].shape)
         if found != needed:
             grouping = f" with grouping {header.grouping!r}" if header.grouping else ""
+            if header.form not in (None, "affine"):
+                grouping += f" and form {header.form!r}"
             raise CheckpointError(f"{path}: {name}: has shape {found}, this layer{grouping} needs {needed}")
 
 

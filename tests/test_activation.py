@@ -32,6 +32,10 @@ ADAPTERS = {
     "row": {"rank": RANK},
     "col": {"rank": RANK, "grouping": "col"},
     "left": {"rank": RANK, "grouping": "left"},
+    "free": {"rank": RANK, "grouping": "free", "groups": 2},
+    "miss": {"rank": RANK - 1, "grouping": "miss"},
+    "hadamard": {"rank": RANK, "form": "hadamard"},
+    "unconstrained": {"rank": RANK, "form": "unconstrained"},
     "row built": {"rank": RANK, "strategy": "materialized"},
     "col built": {"rank": RANK, "grouping": "col", "strategy": "materialized"},
     "lora": {"method": "lora", "rank": 3},
@@ -145,6 +149,7 @@ def modules_of(tiny: Tiny, **changes) -> ActivationPolicy:
 
 @pytest.mark.parametrize(("adapter", "policies"), [
     *[(adapter, [LAYER, HALF, THREE, ON_CPU, "modules", BONE, BOTH]) for adapter in ("row", "col", "left", "row built", "col built")],
+    *[(adapter, [LAYER, BOTH]) for adapter in ("free", "miss", "hadamard", "unconstrained")],
     *[(adapter, [LAYER, THREE, "modules"]) for adapter in ("lora", "full", "state")]])
 def test_loss_and_gradients_are_equal_to_the_bit(tiny, adapter, policies):
     if adapter == "state" and not tiny.architecture.carries_state:
@@ -192,7 +197,7 @@ def test_bone_layers_keep_no_weight_and_live_one_at_a_time_within_a_recomputed_l
     assert both.peak_bytes < 0.8 * layer.peak_bytes and layer.peak_bytes < 0.6 * bone.peak_bytes
 
 
-@pytest.mark.parametrize("adapter", ["row", "col"])
+@pytest.mark.parametrize("adapter", ["row", "col", "free", "miss", "hadamard", "unconstrained"])
 def test_bone_leaves_alone_what_keeps_its_input_only(tiny, adapter):
     assert flops(tiny, BONE, adapter) == flops(tiny, NONE, adapter)
 
@@ -224,7 +229,7 @@ def test_built_bone_layers_are_built_once_more_without_their_products(tiny):
 
 
 @pytest.mark.parametrize("policy", [NONE, LAYER, BONE, BOTH])
-@pytest.mark.parametrize("adapter", ["row", "col built"])
+@pytest.mark.parametrize("adapter", ["row", "col built", "free", "miss", "hadamard", "unconstrained"])
 def test_fake_tensors_live_as_real_ones(tiny, adapter, policy):
     real, fake = passed(tiny, policy, adapter), passed_fake(tiny, policy, adapter)
     assert (fake.kept_bytes, fake.peak_bytes) == (real.kept_bytes, real.peak_bytes)

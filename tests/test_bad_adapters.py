@@ -18,6 +18,9 @@ def whole(tmp_path_factory):
     save_tiny(directory / "base")
     random_adapter(directory / "base", directory / "row.safetensors", rank=8)
     random_adapter(directory / "base", directory / "lora.safetensors", method="lora", rank=4)
+    random_adapter(directory / "base", directory / "free.safetensors", rank=8, grouping="free", groups=4)
+    random_adapter(directory / "base", directory / "miss.safetensors", rank=8, grouping="miss")
+    random_adapter(directory / "base", directory / "unconstrained.safetensors", rank=8, form="unconstrained")
     random_adapter(directory / "base", directory / "full.safetensors", method="full")
     return directory
 
@@ -73,6 +76,15 @@ HEADERS = {
     "rank as text": (setting(rank="8"), ["rank", "'8'"]),
     "another rank": (setting(rank=16), ["down_proj.bone", "shape (8, 8, 8) does not fit rank 16"]),
     "grouping relabelled": (setting(grouping="col"), ["down_proj.bone", "(8, 8, 8)", "grouping 'col' needs (4, 8, 8)"]),
+    "unknown form": (setting(form="hadamrd"), ["form", "'hadamrd'"]),
+    "form relabelled": (setting(form="unconstrained"), ["down_proj.bone", "shape (8, 8, 8) does not fit rank 8", "unconstrained"]),
+    "a form that the grouping lacks": (setting(grouping="left", form="hadamard"), ["does not fit", "form 'hadamard'", "'left'"]),
+    "relabelled as miss": (setting(grouping="miss"), ["down_proj.bone", "shape (8, 8, 8) does not fit rank 8", "miss"]),
+    "relabelled as free": (setting(grouping="free", groups=2), ["down_proj.bone", "(8, 8, 8)", "grouping 'free' needs (2, 8, 8)"]),
+    "relabelled as free without groups": (setting(grouping="free"), ["adapter.groups: None"]),
+    "groups that do not divide": (setting(grouping="free", groups=7), ["does not fit", "adapter.groups: 7"]),
+    "groups of row": (setting(groups=2), ["does not fit", "'row' with groups=2"]),
+    "groups as text": (setting(groups="2"), ["groups", "'2'"]),
     "method relabelled as state": (setting(method="state"), ["down_proj.bone", "'state' has no such tensor"]),
     "method relabelled as full": (setting(method="full"), ["lm_head.weight: is missing"]),
     "method relabelled": (setting(method="lora"), ["down_proj.bone", "'lora' has no such tensor"]),
@@ -109,6 +121,30 @@ def test_tensors(whole, tmp_path, refuse, case):
     tensors, says = TENSORS[case]
     message = refuse(rewritten(whole / "row.safetensors", tmp_path / "adapter.safetensors", tensors=tensors))
     assert "adapter.safetensors: " in message and all(part in message for part in says), message
+
+
+@pytest.mark.parametrize("name, header, says", [
+    ("free", setting(groups=2), ["(4, 8, 8)", "grouping 'free' needs (2, 8, 8)"]),
+    ("free", setting(groups=None), ["adapter.groups: None"]),
+    ("miss", setting(grouping="row"), ["(8, 32)", "does not fit rank 8"]),
+    ("miss", setting(rank=4), ["(8, 32)", "does not fit rank 4"]),
+    ("unconstrained", setting(form="affine"), ["(2, 8, 8, 8)", "does not fit rank 8"]),
+    ("unconstrained", lambda header: header.pop("form") and None, ["(2, 8, 8, 8)", "does not fit rank 8"]),
+    ("unconstrained", setting(grouping="col"), ["(2, 8, 8, 8)", "grouping 'col' and form 'unconstrained' needs (2, 4, 8, 8)"])], ids=str)
+def test_header_of_other_groupings_and_forms(whole, tmp_path, refuse, name, header, says):
+    message = refuse(rewritten(whole / f"{name}.safetensors", tmp_path / "adapter.safetensors", header=header))
+    assert "adapter.safetensors: " in message and all(part in message for part in says), message
+
+
+@pytest.mark.parametrize("name", ["row", "lora", "full"])
+def test_a_file_from_before_there_were_forms_still_merges(whole, tmp_path, name):
+    def without_them(header):
+        del header["form"], header["groups"]
+
+    old = rewritten(whole / f"{name}.safetensors", tmp_path / "old.safetensors", header=without_them)
+    for path, out in ((old, "old"), (whole / f"{name}.safetensors", "new")):
+        assert main(["merge", str(path), "--out", str(tmp_path / out)]) == 0
+    assert (tmp_path / "old/model.safetensors").read_bytes() == (tmp_path / "new/model.safetensors").read_bytes()
 
 
 def test_a_block_size_that_does_not_divide(whole, tmp_path, refuse):

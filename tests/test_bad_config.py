@@ -74,6 +74,7 @@ OUT_OF_RANGE = [
     ("train.beta1", "1.0"), ("train.beta2", "-0.5"), ("train.eps", "0.0"), ("train.max_grad_norm", "-1.0"), ("train.loss_chunk", "0"),
     ("train.chunk_length", "8"), ("train.l2wrap", "-0.1"), ("model.tokenizer", "''"),
     ("train.seed", "-1"), ("train.eval_every", "-1"), ("train.save_every", "-1"), ("train.keep_checkpoints", "0"),
+    ("adapter.groups", "0"),
     ("adapter.parameters", "0"), ("train.recompute_every", "0"), ("data.train", "[]"), ("output.directory", "''"), ("model.path", "''"),
 ]
 
@@ -91,6 +92,7 @@ CHOICES = [
     ("train.schedule", "cosin", "did you mean 'cosine'?"), ("train.activation_checkpointing", "full", "'layer' or 'bone+layer'"),
     ("train.activation_checkpointing", "bone+layers", "did you mean 'bone+layer'?"), ("adapter.grouping", "lfet", "did you mean 'left'?"),
     ("model.architecture", "lama", "did you mean 'llama'?"), ("model.architecture", "rwkv7", "did you mean 'rwkv'?"),
+    ("adapter.form", "hadamar", "did you mean 'hadamard'?"), ("adapter.grouping", "mis", "did you mean 'miss'?"),
     ("model.wkv", "cuda", "'chunked'"), ("adapter.method", "stat", "did you mean 'state'?"),
 ]
 
@@ -114,6 +116,14 @@ CONFLICTS = [
     (["data.overlong=split"], ["data.overlong", "'split'", "'metamath'"]),
     (["adapter.grouping=col", "adapter.strategy=factored"], ["adapter.strategy", "'factored'", "'col'"]),
     (["adapter.grouping=left", "adapter.strategy=fused"], ["adapter.strategy", "'fused'", "'left'"]),
+    (["adapter.grouping=miss", "adapter.strategy=fused"], ["adapter.strategy", "'fused'", "'miss'"]),
+    (["adapter.form=hadamard", "adapter.strategy=factored"], ["adapter.strategy", "'factored'", "hadamard"]),
+    (["adapter.grouping=left", "adapter.form=hadamard"], ["adapter.form", "'hadamard'", "'left'"]),
+    (["adapter.grouping=miss", "adapter.form=unconstrained"], ["adapter.form", "'unconstrained'", "'miss'"]),
+    (["adapter.grouping=free"], ["adapter.groups", "missing"]),
+    (["adapter.groups=4"], ["adapter.groups: 4", "'row'"]),
+    (["adapter.method=lora", "adapter.form=hadamard"], ["adapter.form", "'hadamard'", "lora"]),
+    (["adapter.method=full", "adapter.groups=4"], ["adapter.groups", "4", "full"]),
     (["adapter.method=lora", "train.activation_checkpointing=bone+layer"], ["train.activation_checkpointing", "'bone+layer'", "'lora'"]),
     (["train.activation_checkpointing=none", "train.recompute_every=2"], ["train.recompute_every: 2", "checkpointing: 'none'"]),
     (["train.activation_checkpointing=bone", "train.recompute_modules=mlp"], ["train.recompute_modules: ['mlp']", "checkpointing: 'bone'"]),

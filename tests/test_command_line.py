@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_llama import save_tiny
 
 from bone_ds import cli, launch
+from bone_ds.bone import adapted_weight
 from bone_ds.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -136,6 +138,20 @@ def test_two_ranks_train_and_say_nothing_else(run_directory):
     merged = shell("merge", "run/adapter.safetensors", "--out", "merged", directory=run_directory)
     assert (merged.returncode, merged.stderr) == (0, "")
     assert (run_directory / "merged/model.safetensors").exists()
+
+
+def test_another_grouping_and_form_train_and_merge(run_directory, model):
+    done = shell("train", "run.yaml", "--ranks", "1", "adapter.grouping=free", "adapter.groups=2", "adapter.form=hadamard",
+                 directory=run_directory)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "step 2/2" in done.stdout.splitlines()[4]
+    assert main(["merge", str(run_directory / "run/adapter.safetensors"), "--out", str(run_directory / "merged")]) == 0
+    base, merged = (load_file(path / "model.safetensors") for path in (model / "whole", run_directory / "merged"))
+    bones = load_file(run_directory / "run/adapter.safetensors")
+    name = "model.layers.1.mlp.down_proj"
+    assert bones[f"{name}.bone"].shape == (2, 8, 8) and bones[f"{name}.bone"].abs().max() > 0
+    expected = adapted_weight(base[f"{name}.weight"], bones[f"{name}.bone"], "free", "hadamard")
+    torch.testing.assert_close(merged[f"{name}.weight"], expected, rtol=0, atol=0)
 
 
 def test_a_rank_killed_for_memory_is_explained(run_directory, monkeypatch, capsys):

@@ -1,12 +1,16 @@
 """What a config means: defaults, overrides, numbers as people write them, and YAML out that reads back as it was."""
 
 import re
+from itertools import product
+from typing import get_args
 
 import pytest
 import yaml
 
+from bone_ds.bone import STRATEGIES
 from bone_ds.cli import main
-from bone_ds.config import RunConfig, describe_fields, dump_yaml, load_config
+from bone_ds.config import AdapterConfig, RunConfig, describe_fields, dump_yaml, load_config
+from bone_ds.errors import ConfigError
 from ds_configs import NAMES
 
 SMALLEST = "model:\n  path: some/model\ndata:\n  train: train.jsonl\noutput:\n  directory: run\n"
@@ -66,6 +70,7 @@ def test_the_last_override_wins_and_a_commented_out_section_has_the_defaults(tmp
 
 @pytest.mark.parametrize("adapter", [
     "{}", "{method: lora, rank: 8}", "{method: lora, rank: 8, alpha: 16}", "{grouping: col, strategy: checkpointed, rank: 16}",
+    "{grouping: free, groups: 4}", "{grouping: miss, rank: 7}", "{form: unconstrained, strategy: fused}",
     "{targets: [q_proj, v_proj], layers: [1, 3]}", "{parameters: 1000}", "{parameters: 1000, rank: 4}"])
 def test_dumped_yaml_reads_back_to_an_equal_config(tmp_path, adapter):
     path = tmp_path / "run.yaml"
@@ -75,6 +80,20 @@ def test_dumped_yaml_reads_back_to_an_equal_config(tmp_path, adapter):
     again.write_text(dump_yaml(config), encoding="utf-8")
     assert load_config(again) == config
     assert load_config(again).adapter.has_rank == config.adapter.has_rank
+
+
+def test_a_combination_is_refused_exactly_if_the_operator_lacks_it(smallest):
+    lacking = set()
+    adapter = {field: get_args(AdapterConfig.model_fields[field].annotation) for field in ("grouping", "form", "strategy")}
+    assert adapter["strategy"] == ("auto", *(strategy for strategy in STRATEGIES if strategy != "auto"))
+    for grouping, form, strategy in product(*adapter.values()):
+        groups = ["adapter.groups=2"] * (grouping == "free")
+        try:
+            load_config(smallest, [f"adapter.grouping={grouping}", f"adapter.form={form}", f"adapter.strategy={strategy}", *groups])
+        except ConfigError:
+            lacking.add((strategy, (grouping, form)))
+    assert lacking == {(strategy, pair) for strategy in STRATEGIES for pair in product(adapter["grouping"], adapter["form"])
+                       if pair not in STRATEGIES[strategy]}
 
 
 def test_the_shown_fields_with_the_required_ones_filled_in_are_the_defaults(smallest, tmp_path, capsys):

@@ -73,6 +73,62 @@ def test_an_imported_adapter_computes_what_rwkv_peft_does(base, name):
         assert (wanted - F.linear(x, plain[module])).abs().max() > 0.1
 
 
+def shards(rank=8, modules=MODULES, layers=range(2)) -> dict[str, torch.Tensor]:
+    """What RWKV-PEFT saves in its mode `bone` since the tensors are called disha."""
+    torch.manual_seed(3)
+    return {f"blocks.{layer}.{module}.disha": (0.1 * torch.randn(rank, MODULES[module][0])).bfloat16()
+            for layer in layers for module in modules}
+
+
+def their_sharded_linear(x, weight, disha):
+    """Its forward: the inputs filled up with zeros to whole shards, and these summed."""
+    r = disha.shape[0]
+    x_sum = F.pad(x, (0, -x.shape[1] % r)).reshape(len(x), -1, r).sum(-2)
+    return F.linear(x, weight) + x_sum @ disha
+
+
+@pytest.mark.parametrize("rank", [8, 12])
+def test_two_dimensional_disha_is_miss_both_ways(base, tmp_path, rank):
+    tensors = shards(rank)
+    adapter = imported(base, tensors)
+    header, ours = adapter_file.read(adapter)
+    assert (header.method, header.grouping, header.form, header.rank) == ("bone", "miss", "affine", rank)
+    model = built_and_loaded(opened(base))
+    plain = {name: module.weight.clone() for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    for key, parameter in inject(model, ARCHITECTURE, header.adapter).items():
+        parameter.data.copy_(ours[key])
+        module = key.removesuffix(".bone")
+        x = torch.randn(5, plain[module].shape[1])
+        wanted = their_sharded_linear(x, plain[module], tensors[f"{module}.disha"].float())
+        torch.testing.assert_close(model.get_submodule(module)(x), wanted, rtol=1e-5, atol=1e-5)
+        assert (wanted - F.linear(x, plain[module])).abs().max() > 0.1
+    merge(adapter, tmp_path / "merged.pth")
+    torch.testing.assert_close(package_logits(tmp_path / "merged.pth", TOKENS), logits(model, TOKENS), rtol=1e-5, atol=1e-5)
+    assert main(["export", "--to", "rwkv-peft", str(adapter), "--out", str(tmp_path / "back.pth"), "--name", "disha"]) == 0
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert back.keys() == tensors.keys() and all(torch.equal(back[key], tensor) for key, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda t: t.update({"blocks.0.att.key.disha": torch.ones(4, 32)}), ["blocks.0.att.key.disha", "(4, 32)", "needs (8, 32)"]),
+    (lambda t: t.update({"blocks.1.ffn.key.disha": torch.ones(8, 32)}), ["blocks.1.ffn.key.disha", "(8, 32)", "needs (8, 56)"]),
+    (lambda t: t.update({"blocks.1.ffn.key.disha": torch.ones(4, 8, 8)}), ["blocks.1.ffn.key.disha", "(4, 8, 8)", "needs (8, 56)"]),
+    (lambda t: t.update({name: torch.ones(33, tensor.shape[1]) for name, tensor in t.items()}), ["(33, 32)", "1 to 32 inputs"]),
+    (lambda t: t.update({name: torch.ones(0, tensor.shape[1]) for name, tensor in t.items()}), ["(0, 32)", "1 to 32 inputs"]),
+])
+def test_two_dimensional_tensors_that_are_refused(refuse, base, tmp_path, change, says):
+    change(tensors := shards())
+    torch.save(tensors, tmp_path / "theirs.pth")
+    message = refuse("import", "--from", "rwkv-peft", str(tmp_path / "theirs.pth"), "--base", str(base)).replace(".bone", ".disha")
+    assert "theirs.pth: " in message and all(part in message for part in says), message
+
+
+def test_miss_has_one_name_in_their_files(refuse, base, tmp_path):
+    random_adapter(base, tmp_path / "ours.safetensors", grouping="miss", rank=8)
+    message = refuse("export", "--to", "rwkv-peft", str(tmp_path / "ours.safetensors"))
+    assert "--name: 'bone'" in message and "add --name disha" in message
+
+
 def test_an_imported_adapter_merges(base, tmp_path):
     adapter = imported(base, theirs())
     merge(adapter, tmp_path / "merged.pth")
@@ -250,6 +306,9 @@ def test_a_base_that_is_not_there(refuse, tmp_path):
 
 
 @pytest.mark.parametrize("adapter, says", [
+    ({"rank": 8, "form": "hadamard"}, "bone with grouping row and form hadamard"),
+    ({"rank": 8, "form": "unconstrained"}, "bone with grouping row and form unconstrained"),
+    ({"rank": 8, "grouping": "free", "groups": 2}, "bone with grouping free"),
     ({"rank": 8, "grouping": "col"}, "bone with grouping col"), ({"rank": 8, "grouping": "left"}, "bone with grouping left"),
     ({"method": "lora", "rank": 4}, "rwkv adapter, lora"), ({"method": "full"}, "rwkv adapter, full")], ids=str)
 def test_adapters_that_have_no_such_form(refuse, base, tmp_path, adapter, says):

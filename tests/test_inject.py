@@ -33,6 +33,11 @@ def adapt(model: nn.Module, **adapter) -> dict[str, nn.Parameter]:
     ({"grouping": "col", "rank": 128}, 174_063_616),
     ({"grouping": "row", "rank": 64}, 72_876_032),
     ({"grouping": "left", "rank": 64}, 87_031_808),
+    ({"grouping": "row", "rank": 32, "form": "unconstrained"}, 72_876_032),
+    ({"grouping": "col", "rank": 32, "form": "unconstrained"}, 87_031_808),
+    ({"grouping": "row", "rank": 64, "form": "hadamard"}, 72_876_032),
+    ({"grouping": "free", "rank": 64, "groups": 64}, 58_720_256),
+    ({"grouping": "miss", "rank": 64}, 87_031_808),
     ({"method": "lora", "rank": 36}, 89_948_160),
 ], ids=str)
 def test_trainable_parameters_of_llama2_7b(adapter, parameters):
@@ -54,7 +59,9 @@ def test_a_subset_of_targets_and_layers_by_name_and_in_model_order(adapter, part
     assert all(id(parameter) in kept for parameter in frozen.values())
 
 
-@pytest.mark.parametrize("adapter", [{"rank": 8}, {"rank": 8, "grouping": "col"}, {"method": "lora", "rank": 2}], ids=str)
+@pytest.mark.parametrize("adapter", [
+    {"rank": 8}, {"rank": 8, "grouping": "col"}, {"rank": 8, "form": "hadamard"}, {"rank": 8, "grouping": "col", "form": "unconstrained"},
+    {"rank": 8, "grouping": "free", "groups": 2}, {"rank": 7, "grouping": "miss"}, {"method": "lora", "rank": 2}], ids=str)
 def test_an_adapter_has_no_effect_at_the_start_and_reaches_every_target(adapter):
     model = tiny()
     tokens = torch.arange(3, 20)[None]
@@ -80,6 +87,11 @@ def test_adapters_take_the_dtype_of_the_weights():
     (tiny, {"rank": 8, "targets": ("q_proj", "vproj")}, ["adapter.targets", "'vproj'", "did you mean 'v_proj'?", "o_proj"]),
     (tiny, {"rank": 8, "targets": ("lm_head",)}, ["adapter.targets", "'lm_head'", "choose among q_proj"]),
     (tiny, {"rank": 8, "layers": (0, 3)}, ["adapter.layers: [0, 3]", "2 layers"]),
+    (tiny, {"rank": 33, "grouping": "miss"}, ["adapter.rank: 33 is more than the inputs of model.layers.0.self_attn.q_proj and 3 more",
+                                              "(64 x 32)", "the largest that fits every target: 32"]),
+    (tiny, {"rank": 12, "grouping": "free", "groups": 2}, ["adapter.rank: 12 does not divide", "fit every target: 16, 8, 4, 2"]),
+    (tiny, {"rank": 8, "grouping": "free", "groups": 16}, ["adapter.groups: 16 does not divide the number of blocks of 8 x 8 in",
+                                                           "k_proj and 3 more (16 x 32)", "fit every target: 8, 4, 2, 1"]),
 ])
 def test_refused_and_named(model, adapter, says):
     model = model()
@@ -98,6 +110,12 @@ def test_refused_and_named(model, adapter, says):
     ({"grouping": "col"}, 89_948_160, 64),
     ({"grouping": "col"}, 174_063_616, 128),
     ({"grouping": "left"}, 87_031_808, 64),
+    ({"grouping": "row", "form": "unconstrained"}, 72_876_032, 32),
+    ({"grouping": "miss"}, 89_948_160, 66),
+    ({"grouping": "miss"}, 10**12, 4096),
+    ({"grouping": "free", "groups": 64}, 58_720_256, 64),
+    ({"grouping": "free", "groups": 64}, 58_720_255, 32),
+    ({"grouping": "free", "groups": 172, "targets": ("gate_proj",)}, 10**12, 256),
     ({"grouping": "row", "targets": ("q_proj", "down_proj"), "layers": (0, 1)}, 10**12, 256),
 ], ids=str)
 def test_the_largest_rank_within_a_budget_on_llama2_7b(adapter, parameters, rank):
@@ -121,6 +139,8 @@ def test_without_a_budget_the_rank_stays():
     ({"parameters": 319, "targets": ("q_proj", "down_proj"), "method": "lora"}, ["adapter.parameters: 319", "rank 1 trains 320"]),
     ({"parameters": 2048, "rank": 2}, ["adapter.rank: 2", "adapter.parameters: 2048, which choose 4"]),
     ({"parameters": 2048, "targets": ("qproj",)}, ["did you mean 'q_proj'?"]),
+    ({"parameters": 2048, "grouping": "free", "groups": 7}, ["adapter.groups: 7 does not divide", "q_proj and 3 more (32 x 32)"]),
+    ({"parameters": 95, "grouping": "miss", "targets": ("q_proj", "down_proj")}, ["adapter.parameters: 95", "rank 1 trains 128"]),
 ])
 def test_a_budget_that_no_rank_fits_is_refused(adapter, says):
     with pytest.raises(InjectionError) as caught:

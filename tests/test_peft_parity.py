@@ -1,4 +1,4 @@
-"""Our adapters beside peft's on the same model: Bone col is its MissConfig("bat"), and LoRA is its LoRA."""
+"""Our adapters beside peft's on the same model: Bone col is its MissConfig("bat"), miss its MissConfig(), and LoRA is its LoRA."""
 
 import pytest
 import torch
@@ -59,6 +59,21 @@ def test_col_is_bat(strategy):
     same(logits_and_gradients(ours, trainable), logits_and_gradients(theirs, named))
     plain = base()(input_ids=TOKENS).logits
     assert (ours(input_ids=TOKENS).logits - plain).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("rank", [8, 12])
+@pytest.mark.parametrize("strategy", ["auto", "materialized", "checkpointed"])
+def test_miss_is_miss(strategy, rank):
+    """Of a rank that divides every number of inputs, and of one that divides none."""
+    ours = base()
+    trainable = inject(ours, ARCHITECTURE, AdapterConfig(grouping="miss", rank=rank, strategy=strategy))
+    fill(trainable.values())
+
+    theirs = get_peft_model(base(), MissConfig(r=rank, target_modules=list(ARCHITECTURE.targets)))
+    named = {name: parameter for name, parameter in theirs.named_parameters() if parameter.requires_grad}
+    assert [tuple(p.shape) for p in named.values()] == [tuple(p.shape) for p in trainable.values()]
+    fill(named.values())
+    same(logits_and_gradients(ours, trainable), logits_and_gradients(theirs, named))
 
 
 @pytest.mark.parametrize("alpha", [None, 8.0])

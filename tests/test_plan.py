@@ -51,6 +51,9 @@ def alone(monkeypatch):
 @pytest.mark.parametrize("model, adapter, trainable", [
     ("meta-llama/Llama-2-7b-hf", {"grouping": "col"}, 87_031_808),
     ("meta-llama/Llama-2-7b-hf", {"grouping": "row"}, 72_876_032),
+    ("meta-llama/Llama-2-7b-hf", {"grouping": "row", "rank": 32, "form": "unconstrained"}, 72_876_032),
+    ("meta-llama/Llama-2-7b-hf", {"grouping": "col", "form": "hadamard"}, 87_031_808),
+    ("meta-llama/Llama-2-7b-hf", {"grouping": "miss"}, 87_031_808),
     ("meta-llama/Llama-2-7b-hf", {"method": "lora", "rank": 36}, 89_948_160),
     ("RWKV-x060-World-1B6-v2.1-20240328-ctx4096.pth", {"grouping": "row"}, 33_030_144),
     ("RWKV-x060-World-3B-v2.1.pth", {"method": "lora", "rank": 32}, 55_050_240),
@@ -97,6 +100,29 @@ def test_flops_of_a_llama_by_hand(tmp_path):
     needless = 2 * tokens * sum((a * b) + rank * a for a, b in shapes[:3])
     backward = layers * (2 * tokens * (linear + sum(rank * (a + b) for a, b in shapes)) + 10 * tokens**2 * width)
     assert traced.flops["backward"] == backward - needless
+
+
+@pytest.mark.parametrize("adapter, thin_products", [
+    ({"grouping": "row"}, lambda out, in_, tokens: tokens * in_ * 8),
+    ({"grouping": "row", "form": "unconstrained"}, lambda out, in_, tokens: 2 * tokens * in_ * 8),
+    ({"grouping": "col", "form": "unconstrained"}, lambda out, in_, tokens: out * in_ * 8),
+    ({"grouping": "col", "form": "hadamard"}, lambda out, in_, tokens: 0),
+    ({"grouping": "free", "groups": 4}, lambda out, in_, tokens: tokens * in_ * 8),
+    ({"grouping": "free", "groups": 8, "strategy": "fused"}, lambda out, in_, tokens: out * in_ * 8),
+    ({"grouping": "miss"}, lambda out, in_, tokens: tokens * out * 8),
+], ids=str)
+def test_flops_of_the_groupings_and_forms(tmp_path, adapter, thin_products):
+    """In forward: the frozen products, attention and the head, and the thin products of r = 8 or what building W' takes."""
+    save_tiny(tmp_path / "model")
+    config = config_of(str(tmp_path / "model"), adapter={"rank": 8} | adapter)
+    architecture = arch.resolve(config.model)
+    tokens, labels, width, ffn, kv, vocabulary, layers = 48, 20, 32, 64, 16, 96, 2
+    traced = trace.trace(config, architecture, architecture.open(config.model), ds_json.activation_policy(ds_json.resolve(config, 1)),
+                         trace.Shape((tokens,), labels), "cpu")
+    shapes = [(width, width), (kv, width), (kv, width), (width, width), (ffn, width), (ffn, width), (width, ffn)]
+    products = sum(tokens * out * in_ + thin_products(out, in_, tokens) for out, in_ in shapes)
+    head = 2 * 2 * labels * width * vocabulary
+    assert traced.flops["forward"] == layers * (2 * products + 4 * tokens**2 * width) + head
 
 
 @pytest.mark.parametrize("policy", ["none", "layer"])

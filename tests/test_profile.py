@@ -193,6 +193,9 @@ def test_variants(config, tmp_path):
     assert budget.parameters == 5000 and not budget.has_rank and budget.layers == (0, 1)
     assert variants(config, ["adapter.parameters=9"], ["a: adapter.rank=3"])[0].config.adapter.parameters is None
     assert found["as it is"].config == load_config(config, ["adapter.rank=4"])
+    free = ["adapter.grouping=free", "adapter.groups=2"]
+    row, fewer = variants(config, free, ["row: adapter.grouping=row", "fewer: adapter.groups=1"])
+    assert row.config.adapter.groups is None and fewer.config.adapter.groups == 1  # groups mean nothing to row
 
 
 def test_names_without_latin_letters_have_files_of_their_own(config):

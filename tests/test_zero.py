@@ -75,6 +75,12 @@ def test_what_is_recomputed_under_zero3_is_equal_to_the_bit(runs, name):
     torch.testing.assert_close(load_file(recomputed["masters"]), load_file(kept["masters"]), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", zero_runs.FORMS)
+def test_groupings_and_forms_with_layers_recomputed_under_zero3(runs, name):
+    assert_equal_training(runs[f"{name}-form-3", 2], runs[f"{name}-form-0", 1])
+    assert runs[f"{name}-form-3", 2]["gathered"] == 0
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_lora(runs, stage):
     assert_equal_training(runs[f"lora-{stage}", 2], runs["lora-0", 1])

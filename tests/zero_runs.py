@@ -13,6 +13,13 @@ COL = {"grouping": "col"}
 MATERIALIZED = {"grouping": "col", "strategy": "materialized"}
 FULL = {"method": "full"}
 LORA = {"method": "lora", "rank": 3, "alpha": 30.0}
+# Blocks of 9: 16 in q_proj, 8 in k_proj, 28 in the others, down_proj's with 7 of inputs. Shards of 7: 36 inputs leave one over.
+FORMS = {
+    "free": {"grouping": "free", "groups": 4},
+    "miss": {"grouping": "miss", "rank": 7},
+    "hadamard": {"form": "hadamard"},
+    "unconstrained": {"form": "unconstrained"},
+}
 # Adapter and train sections, by name: each is run with what it says of checkpointing and without.
 RECOMPUTED = {
     "row": ({}, {"recompute_every": 2}),
@@ -61,7 +68,7 @@ def _cases(directory: Path, world_size: int) -> dict[str, dict]:
         tiny.write_model_with(directory / "spoilt", model, "model.layers.1.mlp.up_proj.weight", float("nan"))
 
     def tree(name: str, stage: int, **sections: dict) -> dict:
-        releases = stage == 3 and name.endswith(("row-3-fp32", "row-3-fp32-resumed", "col-3", "idle-3", "-kept", "-recomputed"))
+        releases = stage == 3 and name.endswith(("row-3-fp32", "row-3-fp32-resumed", "col-3", "idle-3", "-kept", "-recomputed", "-form-3"))
         config = str(zero3) if releases else f"zero{stage}"
         return tiny.config_tree(model, rows, directory / f"world-{world_size}" / name, deepspeed={"config": config}, **sections)
 
@@ -92,6 +99,11 @@ def _cases(directory: Path, world_size: int) -> dict[str, dict]:
     for stage in (2, 3) if world_size == 2 else (0,):
         cases |= case(f"built-{stage}", stage, adapter=MATERIALIZED, train=few | {"activation_checkpointing": "bone"})
         cases |= case(f"lora-{stage}", stage, adapter=LORA, train=few)
+    for name, adapter in FORMS.items():
+        if world_size == 2:
+            cases |= case(f"{name}-form-3", 3, adapter=adapter, train=few | {"activation_checkpointing": "layer"})
+        else:
+            cases |= case(f"{name}-form-0", 0, adapter=adapter, train=few)
     for name, (adapter, policy) in RECOMPUTED.items() if world_size == 2 else ():
         for how, train in (("kept", {}), ("recomputed", policy)):
             cases |= case(f"{name}-{how}", 3, adapter=adapter, train={"steps": 2} | train)

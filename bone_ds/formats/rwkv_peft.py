@@ -4,8 +4,8 @@ Bone: `blocks.N.MODULE.bone`, later `.disha`, each (in/r, r, r). The program com
 (a, b, r, r), W + W_ab @ bone_b + bone_b: the grouping `row` of this project, block for block and without transposition
 (github.com/JL-er/RWKV-PEFT: `.bone` in src/rwkvLinear.py, class BoneLinear, at 26c612d458542f208b7eefd71d2248cb804bae57 and
 merge/merge_bone.py at 132ffe7cab7780df1e5f3f1dcbee1fe97e28b9b8; `.disha` in rwkvt/peft/rwkvLinear.py, class BatLinear, and
-merge/merge_disha.py, both at 7912a0c5c928859d9d83b053ff62ae68c5c27520). Its two-dimensional tensors (r, out) are another
-method, which adds D to every shard of the inputs (class BoneLinear of that last commit); they are refused.
+merge/merge_disha.py, both at 7912a0c5c928859d9d83b053ff62ae68c5c27520). Its two-dimensional `.disha` (r, out) add D to every shard
+of the inputs, the last one filled up with zeros (class BoneLinear of that last commit): the grouping `miss`, as it stands too.
 
 For some time before, its `.bone` was the grouping `col` (out/r, r, r), which merge_bone.py keeps as a comment. The shapes differ on
 ffn.key and ffn.value, so such a file is refused there; one on square layers alone can't be told from `row`.
@@ -62,10 +62,12 @@ def import_adapter(path: Path, base: str, out: Path) -> Header:
         header = _header("state", source, covered)
     else:
         tensors = {name.removesuffix(kind) + "bone": tensor for name, tensor in tensors.items()}
-        rank = next(iter(tensors.values())).shape[-1]
+        first = next(iter(tensors.values()))
+        grouping = "miss" if kind == "disha" and first.dim() == 2 else "row"
+        rank = len(first) if grouping == "miss" else first.shape[-1]
         for name, tensor in tensors.items():
-            _check_block_affine(path, name, tensor, rank, model, source)
-        header = _header("bone", source, covered, rank, [target for target in architecture.targets if target in modules])
+            (_check_shards if grouping == "miss" else _check_block_affine)(path, name, tensor, rank, model, source)
+        header = _header("bone", source, covered, grouping, rank, [target for target in architecture.targets if target in modules])
     _write(out, lambda aside: adapter_file.write(aside, header, tensors))
     return header
 
@@ -80,9 +82,13 @@ def export_adapter(path: Path, out: Path, dtype: str = "auto", name: str = "bone
         raise ConfigError(f"--out: {out}: RWKV-PEFT reads .pth files, give it that ending")
     header, tensors = adapter_file.read(path)
     described = header.method + (f" with grouping {header.grouping}" if header.grouping else "")
-    if header.architecture != "rwkv" or described not in ("bone with grouping row", "state"):
-        raise ConfigError(f"{path}: is a {header.architecture} adapter, {described}; RWKV-PEFT has a form for RWKV6's bone with "
-                          "grouping row and state alone")
+    if header.form not in (None, "affine"):
+        described += f" and form {header.form}"
+    if header.architecture != "rwkv" or described not in ("bone with grouping row", "bone with grouping miss", "state"):
+        raise ConfigError(f"{path}: is a {header.architecture} adapter, {described}; RWKV-PEFT has files for RWKV6's bone with "
+                          "grouping row or miss, form affine, and state alone")
+    if header.grouping == "miss" and name != "disha":
+        raise ConfigError(f"--name: {name!r}: RWKV-PEFT reads grouping miss, which {path} has, as 'disha' alone; add --name disha")
     if dtype == "auto":
         dtype = "bf16" if all(torch.equal(tensor.bfloat16().float(), tensor) for tensor in tensors.values()) else "fp32"
     renamed = {re.sub(r"\.bone$", f".{name}", key): tensor.to(DTYPES[dtype]) for key, tensor in tensors.items()}
@@ -180,24 +186,41 @@ def _rectangle(path: Path, tensors: dict[str, Tensor], pattern: re.Pattern) -> t
 
 def _check_block_affine(path: Path, name: str, tensor: Tensor, rank: int, model: nn.Module, source: Source) -> None:
     """That it is `row`'s tensor for this layer of the base, with the file's one block size."""
-    shape, module = tuple(tensor.shape), name.removesuffix(".bone")
+    shape = tuple(tensor.shape)
     if tensor.dim() == 2:
-        raise CheckpointError(f"{path}: {name}: has shape {shape}: two-dimensional tensors are an additive method (DiSHA, MiSS), not block "
-                              "affine Bone")
+        raise CheckpointError(f"{path}: {name}: has shape {shape}: two-dimensional tensors are an additive method, grouping miss, and are "
+                              "read where they are called .disha and all tensors are such")
     if tensor.dim() != 3 or shape[1] != shape[2] or 0 in shape:
         raise CheckpointError(f"{path}: {name}: has shape {shape}, block affine Bone has (in/r, r, r)")
     if shape[1] != rank:
         raise CheckpointError(f"{path}: {name}: has block size {shape[1]}, other layers have {rank}; an adapter has one")
+    linear = _linear(path, name, model, source)
+    needed = bone_shape("row", linear.out_features, linear.in_features, rank)
+    if shape != needed or linear.out_features % rank or linear.in_features % rank:
+        raise CheckpointError(f"{path}: {name}: has shape {shape}, a layer of (out, in) = ({linear.out_features}, {linear.in_features}) "
+                              f"of {source.origin} in blocks of {rank} needs {needed}")
+
+
+def _check_shards(path: Path, name: str, tensor: Tensor, rank: int, model: nn.Module, source: Source) -> None:
+    """That it is `miss`'s tensor for this layer of the base, with the file's one shard size."""
+    linear = _linear(path, name, model, source)
+    needed = bone_shape("miss", linear.out_features, linear.in_features, rank)
+    if tuple(tensor.shape) != needed or not 1 <= rank <= linear.in_features:
+        raise CheckpointError(f"{path}: {name}: has shape {tuple(tensor.shape)}, a layer of (out, in) = ({linear.out_features}, "
+                              f"{linear.in_features}) of {source.origin} in shards of {rank} needs {needed}, shards of 1 to "
+                              f"{linear.in_features} inputs")
+
+
+def _linear(path: Path, name: str, model: nn.Module, source: Source) -> nn.Linear:
+    """The layer that a tensor MODULE.bone is for."""
+    module = name.removesuffix(".bone")
     try:
         linear = model.get_submodule(module)
     except AttributeError:
         linear = None
     if not isinstance(linear, nn.Linear):
         raise CheckpointError(f"{path}: {name}: {source.origin} has no linear layer {module}")
-    needed = bone_shape("row", linear.out_features, linear.in_features, rank)
-    if shape != needed or linear.out_features % rank or linear.in_features % rank:
-        raise CheckpointError(f"{path}: {name}: has shape {shape}, a layer of (out, in) = ({linear.out_features}, {linear.in_features}) "
-                              f"of {source.origin} in blocks of {rank} needs {needed}")
+    return linear
 
 
 def _check_states(path: Path, tensors: dict[str, Tensor], expected: dict[str, nn.Parameter]) -> None:
@@ -206,9 +229,9 @@ def _check_states(path: Path, tensors: dict[str, Tensor], expected: dict[str, nn
             raise CheckpointError(f"{path}: {name}: has shape {tuple(tensors[name].shape)}, the base needs {tuple(parameter.shape)}")
 
 
-def _header(method: str, source: Source, layers: tuple[int, int] | None, rank: int | None = None,
+def _header(method: str, source: Source, layers: tuple[int, int] | None, grouping: str | None = None, rank: int | None = None,
             targets: list[str] | None = None) -> Header:
     return Header(
-        format_version=FORMAT_VERSION, architecture="rwkv", method=method, grouping="row" if method == "bone" else None, rank=rank,
-        alpha=None, targets=targets or [], layers=None if layers is None else list(layers), base=source.origin,
-        base_revision=source.revision, base_dtype="bf16", base_fingerprint=source.fingerprint, step=0)
+        format_version=FORMAT_VERSION, architecture="rwkv", method=method, grouping=grouping, rank=rank, alpha=None,
+        targets=targets or [], layers=None if layers is None else list(layers), base=source.origin, base_revision=source.revision,
+        base_dtype="bf16", base_fingerprint=source.fingerprint, step=0, form="affine" if method == "bone" else None)

@@ -56,7 +56,8 @@ def _title(summaries: list[Summary]) -> str:
     adapter = summaries[0].result.variant.config.adapter
     size = f"r = {adapter.rank}" if adapter.has_rank else f"{summaries[0].first.trainable_parameters:,} parameters"
     if adapter.method == "bone":
-        return f"Bone {adapter.grouping}, {size}"
+        groups, form = f" of {adapter.groups}" if adapter.groups else "", "" if adapter.form == "affine" else f", {adapter.form}"
+        return f"Bone {adapter.grouping}{groups}{form}, {size}"
     return {"lora": f"LoRA, {size}", "state": "State tuning", "full": "Full training"}.get(adapter.method, adapter.method)
 
 

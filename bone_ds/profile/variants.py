@@ -89,10 +89,12 @@ def _changed(base: RunConfig, name: str, changes: list[str]) -> RunConfig:
 
 
 def _adapter(adapter: AdapterConfig, changes: dict[str, str]) -> AdapterConfig:
-    """The config's own without what the changes take the place of: fields of another method, rank beside parameters."""
+    """The config's own without what the changes take the place of: fields of another method or grouping, rank beside parameters."""
     fields = {field: value for field, value in adapter if field in adapter.model_fields_set}
     if changes.get("adapter.method") in METHODS:
         fields["method"] = changes["adapter.method"]
+    if changes.get("adapter.grouping", "free") != "free":
+        fields.pop("groups", None)
     if "adapter.rank" in changes:
         fields.pop("parameters", None)
     if "adapter.parameters" in changes:
