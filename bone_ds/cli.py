@@ -148,18 +148,18 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_generate)
 
     import_ = commands.add_parser("import", help="make an adapter of another program's file")
-    import_.add_argument("file", type=Path)
-    import_.add_argument("--from", dest="format", choices=("rwkv-peft",), required=True, help="the program that wrote it")
+    import_.add_argument("file", type=Path, help="the program's file, or directory (peft)")
+    import_.add_argument("--from", dest="format", choices=("rwkv-peft", "peft"), required=True, help="the program that wrote it")
     import_.add_argument("--base", required=True, help="the model it was trained on; block size, targets and layers are read from the file")
     import_.add_argument("--out", type=Path, required=True, help="adapter.safetensors to be made")
     import_.set_defaults(run=_import)
 
     export = commands.add_parser("export", help="write an adapter for another program")
     export.add_argument("adapter", type=Path, help="adapter.safetensors of a run")
-    export.add_argument("--to", dest="format", choices=("rwkv-peft",), required=True, help="the program that is to read it")
-    export.add_argument("--out", type=Path, required=True, help=".pth file to be made")
+    export.add_argument("--to", dest="format", choices=("rwkv-peft", "peft"), required=True, help="the program that is to read it")
+    export.add_argument("--out", type=Path, required=True, help="to be made: a .pth file (rwkv-peft), a directory (peft)")
     export.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto is bf16 where that keeps every bit")
-    export.add_argument("--name", choices=("bone", "disha"), default="bone", help="what Bone's tensors are called; disha in later versions")
+    export.add_argument("--name", choices=("bone", "disha"), help="rwkv-peft: what Bone's tensors are called; disha in later versions")
     export.set_defaults(run=_export)
 
     init = commands.add_parser("init", help="write a randomly initialised model to pre-train")
@@ -358,18 +358,24 @@ def _stdin() -> str:
 
 
 def _import(options: argparse.Namespace, given: list[str]) -> int:
-    from bone_ds.formats import rwkv_peft
+    from bone_ds.formats import peft, rwkv_peft
 
-    header = rwkv_peft.import_adapter(options.file, options.base, options.out)
+    program = {"rwkv-peft": rwkv_peft, "peft": peft}[options.format]
+    header = program.import_adapter(options.file, options.base, options.out)
     form = f"grouping {header.grouping}, rank {header.rank}, {', '.join(header.targets)}" if header.method == "bone" else "initial states"
     print(f"{options.out}: {header.method}, {form}, {f'layers {header.layers}' if header.layers else 'all layers'}")
     return 0
 
 
 def _export(options: argparse.Namespace, given: list[str]) -> int:
-    from bone_ds.formats import rwkv_peft
+    if options.name and options.format != "rwkv-peft":
+        raise ConfigError(f"--name: {options.name!r} is for --to rwkv-peft, remove it")
+    from bone_ds.formats import peft, rwkv_peft
 
-    dtype = rwkv_peft.export_adapter(options.adapter, options.out, options.dtype, options.name)
+    if options.format == "peft":
+        dtype = peft.export_adapter(options.adapter, options.out, options.dtype)
+    else:
+        dtype = rwkv_peft.export_adapter(options.adapter, options.out, options.dtype, options.name or "bone")
     print(f"{options.out}: {options.adapter} in {dtype}")
     return 0
 

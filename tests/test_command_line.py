@@ -225,7 +225,7 @@ def test_what_the_system_refuses_is_one_line_if_it_names_a_file(monkeypatch, cap
 
 
 @pytest.mark.parametrize("arguments", [["trian", "a.yaml"], ["train"], ["merge", "a"], ["config", "--rank"], ["generate"],
-                                       ["import", "a.pth", "--base", "b.pth", "--out", "c"], ["export", "a", "--to", "peft", "--out", "b"],
+                                       ["import", "a.pth", "--base", "b.pth", "--out", "c"], ["export", "a", "--to", "trl", "--out", "b"],
                                        ["init", "llama", *SIZES, "--out", "a"], ["generate", "m", "--dtype", "fp16"],
                                        ["train", "a.yaml", "--ranks", "two"]])
 def test_wrong_usage(arguments, capsys):

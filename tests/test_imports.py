@@ -10,8 +10,8 @@ ORDER = [
     "bone_ds.errors, ds_configs", "bone_ds.provenance, bone_ds.tensor_file, bone_ds.live", "bone_ds.bone", "bone_ds.config",
     "bone_ds.activation_policy", "bone_ds.ds_json", "bone_ds.arch",
     "llama_adapters, rwkv_adapters", "bone_ds.methods", "bone_ds.inject", "bone_ds.resolution", "bone_ds.activation", "bone_ds.data",
-    "bone_ds.loss", "bone_ds.objective", "bone_ds.adapter_file", "bone_ds.formats", "bone_ds.merge", "bone_ds.plan", "bone_ds.launch",
-    "bone_ds.engine",
+    "bone_ds.loss", "bone_ds.objective", "bone_ds.adapter_file", "bone_ds.merge", "bone_ds.formats", "bone_ds.hugging_face", "bone_ds.plan",
+    "bone_ds.launch", "bone_ds.engine",
     "bone_ds.step", "bone_ds.checkpoint", "bone_ds.evaluate, bone_ds.generate", "bone_ds.run_directory, bone_ds.progress",
     "bone_ds.train", "bone_ds.profile", "bone_ds.cli", "bone_ds.__main__", "bone_ds.demo"]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split(", ")}
@@ -36,7 +36,7 @@ def imports(path: Path) -> set[str]:
 
 
 def unit(name: str) -> str | None:
-    """The entry of ORDER that a module or a name in it belongs to; None for bone_ds itself, which holds the version alone."""
+    """The entry of ORDER that a module or a name in it belongs to; None for bone_ds itself, which imports none of ours by name."""
     return next((entry for entry in LEVEL if f"{name}.".startswith(f"{entry}.")), None)
 
 

@@ -18,11 +18,8 @@ Values keep every bit both ways: a file in bf16 becomes an adapter in fp32, and 
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,8 +31,9 @@ from bone_ds.arch import Source
 from bone_ds.bone.grouping import bone_shape
 from bone_ds.config import ModelConfig
 from bone_ds.errors import CheckpointError, ConfigError
+from bone_ds.formats.coverage import rectangle
+from bone_ds.formats.output import DTYPES, check_absent, chosen_dtype, write_aside
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BONE_NAMES = ("bone", "disha")
 
 _BONE = re.compile(r"blocks\.(\d{1,6})\.((?:att|ffn)\.\w+)\.(bone|disha)")
@@ -45,10 +43,10 @@ _READ_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def import_adapter(path: Path, base: str, out: Path) -> Header:
     """Writes an RWKV-PEFT file as an adapter of this project for the model `base`. Raises CheckpointError, ConfigError."""
-    _check_absent(out)
+    check_absent(out)
     tensors = _read(path)
     kind = _kind(path, tensors)
-    layers, modules = _rectangle(path, tensors, _STATE if kind == "time_state" else _BONE)
+    layers, modules = rectangle(path, _by_layer(tensors, _STATE if kind == "time_state" else _BONE), "blocks")
     architecture = arch.load("rwkv")
     source = architecture.open(ModelConfig(path=base, architecture="rwkv"))
     with torch.device("meta"):
@@ -68,7 +66,7 @@ def import_adapter(path: Path, base: str, out: Path) -> Header:
         for name, tensor in tensors.items():
             (_check_shards if grouping == "miss" else _check_block_affine)(path, name, tensor, rank, model, source)
         header = _header("bone", source, covered, grouping, rank, [target for target in architecture.targets if target in modules])
-    _write(out, lambda aside: adapter_file.write(aside, header, tensors))
+    write_aside(out, lambda aside: adapter_file.write(aside, header, tensors))
     return header
 
 
@@ -77,7 +75,7 @@ def export_adapter(path: Path, out: Path, dtype: str = "auto", name: str = "bone
 
     dtype: bf16, fp32, or auto, which takes bf16 where that keeps every bit. name: `bone` or, for the later program, `disha`.
     """
-    _check_absent(out)
+    check_absent(out)
     if out.suffix != ".pth":
         raise ConfigError(f"--out: {out}: RWKV-PEFT reads .pth files, give it that ending")
     header, tensors = adapter_file.read(path)
@@ -89,30 +87,10 @@ def export_adapter(path: Path, out: Path, dtype: str = "auto", name: str = "bone
                           "grouping row or miss, form affine, and state alone")
     if header.grouping == "miss" and name != "disha":
         raise ConfigError(f"--name: {name!r}: RWKV-PEFT reads grouping miss, which {path} has, as 'disha' alone; add --name disha")
-    if dtype == "auto":
-        dtype = "bf16" if all(torch.equal(tensor.bfloat16().float(), tensor) for tensor in tensors.values()) else "fp32"
+    dtype = chosen_dtype(tensors, dtype)
     renamed = {re.sub(r"\.bone$", f".{name}", key): tensor.to(DTYPES[dtype]) for key, tensor in tensors.items()}
-    _write(out, lambda aside: torch.save(renamed, aside))
+    write_aside(out, lambda aside: torch.save(renamed, aside))
     return dtype
-
-
-def _check_absent(out: Path) -> None:
-    if out.exists():
-        raise ConfigError(f"--out: {out} exists already; name one to be made")
-
-
-def _write(out: Path, write: Callable[[Path], None]) -> None:
-    """Aside, then renamed: the file is whole or absent."""
-    aside = out.with_name(out.name + ".partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write(aside)
-        os.replace(aside, out)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        raise ConfigError(f"--out: {out}: can't be written: {str(error).splitlines()[0]}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -168,20 +146,13 @@ def _hint(name: str) -> str:
     return ""
 
 
-def _rectangle(path: Path, tensors: dict[str, Tensor], pattern: re.Pattern) -> tuple[tuple[int, int], set[str]]:
-    """The layers [first, last) and the modules that the tensors are for: every module on every layer."""
+def _by_layer(tensors: dict[str, Tensor], pattern: re.Pattern) -> dict[int, set[str]]:
+    """The modules of each layer that the tensors are for."""
     found: dict[int, set[str]] = {}
     for name in tensors:
         layer, module, _ = pattern.fullmatch(name).groups()
         found.setdefault(int(layer), set()).add(module)
-    first, last = min(found), max(found) + 1
-    modules = set.union(*found.values())
-    for layer in range(first, last):
-        missing = sorted(modules - found.get(layer, set()))
-        if missing:
-            raise CheckpointError(f"{path}: has no tensor for blocks.{layer}.{missing[0]}, but for other layers' {missing[0]} or other "
-                                  "modules of that layer; an adapter is on the same modules in a range of layers")
-    return (first, last), modules
+    return found
 
 
 def _check_block_affine(path: Path, name: str, tensor: Tensor, rank: int, model: nn.Module, source: Source) -> None:

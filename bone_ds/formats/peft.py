@@ -1,0 +1,185 @@
+"""Adapter directories of Hugging Face PEFT: adapter_config.json beside adapter_model.safetensors.
+
+| `peft_type` | `init_weights` | grouping here | tensor of a layer |
+|---|---|---|---|
+| `MISS`, PEFT 0.17 and later | true or false | miss | `MODULE.miss_block` (r, out) |
+| | "bat" | col | `MODULE.miss_block` (out/r, r, r) |
+| `BONE`, PEFT 0.14 to 0.18 | true or false | miss | `MODULE.bone_block` (r, out) |
+| | "bat" | col | `MODULE.bone_block` (out/r, r, r) |
+
+MODULE is the module's name in the model after `base_model.model.`. MiSS's "mini" is another method. `BoneModel.save_pretrained` writes
+BONE with a `grouping` of its own beside, which is read too.
+
+Values keep every bit both ways. PEFT itself keeps them in fp32 on models of any dtype and, for `miss`, adds its term in fp32 before it
+rounds; this project computes in the model's dtype.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from bone_ds import adapter_file, arch
+from bone_ds.adapter_file import FORMAT_VERSION, Header
+from bone_ds.arch import Architecture, Source
+from bone_ds.config import ModelConfig
+from bone_ds.errors import CheckpointError, ConfigError
+from bone_ds.formats.coverage import rectangle
+from bone_ds.formats.output import DTYPES, check_absent, chosen_dtype, write_aside
+from bone_ds.merge import check_fit
+from bone_ds.tensor_file import save_file
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+_TENSOR = re.compile(r"base_model\.model\.(.+)\.(?:bone|miss)_block")
+_INIT_WEIGHTS = {"miss": True, "col": "bat"}
+_READ_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def grouping_of(init_weights: object) -> str:
+    """PEFT's name of a variant of Bone or MiSS -> the grouping. Raises ConfigError for one that is not here."""
+    if isinstance(init_weights, bool):
+        return "miss"
+    if init_weights == "bat":
+        return "col"
+    told = "is a variant of MiSS that is not here" if init_weights == "mini" else "is unknown"
+    raise ConfigError(f"init_weights: {init_weights!r} {told}; True (miss) and 'bat' (col) are")
+
+
+def import_adapter(path: Path, base: str, out: Path) -> Header:
+    """Writes a PEFT directory as an adapter of this project for the model `base`. Raises CheckpointError, ConfigError."""
+    check_absent(out)
+    config = _read_config(path)
+    tensors = _read_tensors(path)
+    model_config = ModelConfig(path=base)
+    architecture = arch.resolve(model_config)
+    source = architecture.open(model_config)
+    header = _header(path, config, tensors, architecture, source)
+    check_fit(path, header, tensors, architecture, source)
+    write_aside(out, lambda aside: adapter_file.write(aside, header, tensors))
+    return header
+
+
+def export_adapter(path: Path, out: Path, dtype: str = "auto") -> str:
+    """Writes an adapter of this project as a directory of PEFT's MiSS; returns the dtype it chose.
+
+    dtype: bf16, fp32, or auto, which takes bf16 where that keeps every bit. Raises ConfigError for what PEFT has no form for.
+    """
+    check_absent(out)
+    header, tensors = adapter_file.read(path)
+    if header.method != "bone" or header.grouping not in _INIT_WEIGHTS:
+        described = f"bone with grouping {header.grouping}" if header.method == "bone" else header.method
+        raise ConfigError(f"{path}: is {described}; PEFT has a form for bone with grouping miss and col alone")
+    dtype = chosen_dtype(tensors, dtype)
+    renamed = {f"base_model.model.{name.removesuffix('.bone')}.miss_block": tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
+    config = _config(header, next(iter(tensors)))
+
+    def write(aside: Path) -> None:
+        aside.mkdir()
+        (aside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_file(renamed, aside / WEIGHTS, metadata={"format": "pt"})
+
+    write_aside(out, write)
+    return dtype
+
+
+def _config(header: Header, name: str) -> dict[str, Any]:
+    """What PEFT's MissConfig reads; name: of a tensor, which tells what the layers are called."""
+    layers_name = re.match(r"(?:.*?\.)?(\w+)\.\d+\.", name)[1]
+    return {
+        "peft_type": "MISS", "task_type": "CAUSAL_LM", "inference_mode": True,
+        "base_model_name_or_path": header.base, "revision": header.base_revision,
+        "r": header.rank, "init_weights": _INIT_WEIGHTS[header.grouping], "miss_dropout": 0.0, "mini_r": 1, "bias": "none",
+        "target_modules": header.targets, "exclude_modules": None, "modules_to_save": None,
+        "layers_to_transform": None if header.layers is None else list(range(*header.layers)),
+        "layers_pattern": None if header.layers is None else layers_name,
+    }
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except OSError:
+        raise CheckpointError(f"{path}: holds no {CONFIG}; name the directory of a PEFT adapter") from None
+    except ValueError:
+        raise CheckpointError(f"{path}: its {CONFIG} is damaged") from None
+    if not isinstance(config, dict) or config.get("peft_type") not in ("MISS", "BONE"):
+        told = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise CheckpointError(f"{path}: is of peft_type {told!r}; MISS and BONE are read")
+    for field in ("modules_to_save", "bias"):
+        if config.get(field) not in (None, [], "none"):
+            raise CheckpointError(f"{path}: {field}: {config[field]!r} was trained beside the adapter, which adapter.safetensors can't hold; "
+                                  "BoneModel.from_pretrained loads it")
+    if not isinstance(config.get("r"), int) or config["r"] < 1:
+        raise CheckpointError(f"{path}: r: {config.get('r')!r} is no block size")
+    return config
+
+
+def _grouping(path: Path, config: dict[str, Any]) -> str:
+    try:
+        return config.get("grouping") or grouping_of(config.get("init_weights", True))
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """In fp32, by the names they have in an adapter of this project."""
+    try:
+        with safe_open(path / WEIGHTS, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        also = "; its adapter_model.bin is not read, save it with safe_serialization=True" if (path / "adapter_model.bin").exists() else ""
+        raise CheckpointError(f"{path}: holds no {WEIGHTS}{also}") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: {WEIGHTS} is no safetensors file, or a damaged one: {str(error).splitlines()[0]}") from None
+    if not tensors:
+        raise CheckpointError(f"{path}: {WEIGHTS} holds no tensors")
+    return {_our_name(path, name): _widened(path, name, tensor) for name, tensor in tensors.items()}
+
+
+def _our_name(path: Path, name: str) -> str:
+    match = _TENSOR.fullmatch(name)
+    if match is None:
+        raise CheckpointError(f"{path}: {name}: is no tensor of Bone or MiSS, which are base_model.model.MODULE.bone_block or .miss_block")
+    return f"{match[1]}.bone"
+
+
+def _widened(path: Path, name: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype not in _READ_DTYPES:
+        raise CheckpointError(f"{path}: {name}: is {str(tensor.dtype).removeprefix('torch.')}, not bfloat16, float16 or float32")
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{path}: {name}: holds NaN or infinite values")
+    return tensor.float()
+
+
+def _header(path: Path, config: dict[str, Any], tensors: dict[str, Tensor], architecture: Architecture, source: Source) -> Header:
+    """Targets and layers are read from the tensors' names, whatever way the configuration chose them."""
+    with torch.device("meta"):
+        model = architecture.build(source, torch.float32)
+    layers, targets = _coverage(path, tensors, architecture, model, source)
+    return Header(
+        format_version=FORMAT_VERSION, architecture=architecture.name, method="bone", grouping=_grouping(path, config), rank=config["r"],
+        alpha=None, targets=[target for target in architecture.targets if target in targets],
+        layers=None if layers == (0, len(architecture.layers(model))) else list(layers), base=source.origin,
+        base_revision=source.revision, base_dtype="bf16", base_fingerprint=source.fingerprint, step=0)
+
+
+def _coverage(path: Path, tensors: dict[str, Tensor], architecture: Architecture, model: nn.Module,
+              source: Source) -> tuple[tuple[int, int], set[str]]:
+    names = [name for name, _ in architecture.layers(model)]
+    found: dict[int, set[str]] = {}
+    for tensor in tensors:
+        module = tensor.removesuffix(".bone")
+        layer = next((index for index, name in enumerate(names) if module.startswith(f"{name}.")), None)
+        target = next((target for target in architecture.targets if f".{module}".endswith(f".{target}")), None)
+        if layer is None or target is None:
+            raise CheckpointError(f"{path}: {module}: is no module of {source.origin} that `bone-ds` adapts: "
+                                  f"{', '.join(architecture.targets)} of {len(names)} layers")
+        found.setdefault(layer, set()).add(target)
+    return rectangle(path, found, names[0].rpartition(".")[0])

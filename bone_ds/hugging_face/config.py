@@ -1,0 +1,96 @@
+"""What a Bone adapter is, as a PEFT configuration: the fields of PEFT's former BoneConfig, and the groupings it had not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from peft import PeftConfig
+
+from bone_ds.bone import resolve
+from bone_ds.errors import ConfigError
+from bone_ds.formats.peft import grouping_of
+
+PEFT_TYPE = "BONE"
+BIASES = ("none", "all", "bone_only")
+
+
+@dataclass
+class BoneConfig(PeftConfig):
+    """Which linear modules get a Bone adapter, and of which kind.
+
+    r: block size; `miss` takes any, the others one that divides both sides of every layer.
+    target_modules: names or endings of names, a regex of whole names, "all-linear" (all but the output layer), or None: what PEFT
+        chooses for the architecture. exclude_modules: the same, and never adapted.
+    layers_to_transform, layers_pattern: of target_modules by name, only those in these layers; the pattern is what comes before the
+        layer's number.
+    init_weights: as PEFT's: True for `miss`, "bat" for `col`; False for `miss` with random values in place of zeros.
+    grouping: row, col, left or miss in place of what init_weights names.
+    modules_to_save: modules that are trained whole, in a copy, and saved with the adapter.
+    bias: "none", "all" of the model's, or "bone_only", those of the adapted layers.
+    strategy: how it is computed, with equal results; see `bone_ds/bone/README.md`.
+
+    Raises ConfigError, or InjectionError for a grouping or strategy that is unknown.
+    """
+
+    r: int = 64
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    init_weights: bool | Literal["bat"] = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    grouping: str | None = None
+    strategy: str = "auto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        if not isinstance(self.r, int) or self.r < 1:
+            raise ConfigError(f"r: {self.r!r} is no block size, give 1 or more")
+        if self.bias not in BIASES:
+            raise ConfigError(f"bias: {self.bias!r} is unknown, choose one of {', '.join(BIASES)}")
+        self._name_the_grouping()
+        resolve(self.strategy, self.grouping)
+        self._check_layers()
+        for field in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, field), (list, tuple)):
+                setattr(self, field, set(getattr(self, field)))
+
+    def _name_the_grouping(self) -> None:
+        """Both `grouping` and, so that older PEFT reads the saved file right or not at all, `init_weights`."""
+        named = grouping_of(self.init_weights)
+        if self.grouping is None:
+            self.grouping = named
+        if self.init_weights == "bat" and self.grouping != "col":
+            raise ConfigError(f"init_weights: 'bat' is grouping col, but grouping is {self.grouping!r}; remove one")
+        if self.grouping == "col" and self.init_weights is True:
+            self.init_weights = "bat"
+
+    def _check_layers(self) -> None:
+        for field in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, field) is not None:
+                raise ConfigError(f"{field}: {getattr(self, field)!r} has no meaning with a regex as target_modules, which says the "
+                                  "layers itself; remove it")
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """What the tensors mean: equal for adapters that may be loaded for each other."""
+        return {"r": self.r, "grouping": self.grouping}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
+
+    @classmethod
+    def from_peft_type(cls, **kwargs) -> BoneConfig:
+        """The configuration that a directory's file holds: this class's, that of older PEFT's Bone, or MiSS, which is another name of it.
+
+        Raises ConfigError for other methods and for MiSS's `mini`.
+        """
+        peft_type = kwargs.get("peft_type", PEFT_TYPE)
+        if peft_type not in (PEFT_TYPE, "MISS"):
+            raise ConfigError(f"peft_type: {peft_type!r} is another method; BONE and MISS are read")
+        grouping_of(kwargs.get("init_weights", True))
+        theirs = {name: value for name, value in kwargs.items() if name not in ("miss_dropout", "mini_r")}
+        return super().from_peft_type(**theirs | {"peft_type": PEFT_TYPE})
