@@ -21,7 +21,11 @@ from bone_ds.hugging_face import AdaptedLinear
 # Raised inside PEFT's own __init__.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-METHODS = {"miss": {}, "bat": {"init_weights": "bat"}} | {grouping: {"grouping": grouping} for grouping in GROUPINGS if grouping != "free"}
+METHODS = {"miss": {}, "bat": {"init_weights": "bat"}}
+METHODS |= {grouping: {"grouping": grouping} for grouping in GROUPINGS if grouping != "free"}
+METHODS |= {
+    "free": {"grouping": "free", "groups": 4}, "hadamard": {"grouping": "row", "form": "hadamard"},
+    "unconstrained": {"grouping": "col", "form": "unconstrained"}}
 TOKENS = torch.arange(3, 43)[None]
 ALL_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -90,9 +94,9 @@ def test_a_new_adapter_changes_nothing(method):
 def test_the_adapter_alone_is_trainable_and_counted(method, capsys):
     model = BoneModel(Mlp(), config(method))
     trainable = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad}
-    grouping = model.peft_config["default"].grouping
-    assert trainable == {"base_model.model.backbone_blocks.0.bone_block.default": bone_shape(grouping, 32, 16, 8),
-                         "base_model.model.backbone_blocks.1.bone_block.default": bone_shape(grouping, 32, 32, 8)}
+    its = model.peft_config["default"]
+    assert trainable == {f"base_model.model.backbone_blocks.{index}.bone_block.default": bone_shape(
+        its.grouping, 32, in_features, 8, its.form, its.groups) for index, in_features in enumerate((16, 32))}
     count = sum(map(math.prod, trainable.values()))
     base = sum(parameter.numel() for parameter in Mlp().parameters())
     assert model.get_nb_trainable_parameters() == (count, base + count)
@@ -238,7 +242,7 @@ def test_a_config_survives_its_file(tmp_path, method):
     assert BoneConfig.from_pretrained(tmp_path) == written
     tree = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (tree["peft_type"], tree["target_modules"]) == ("BONE", ["a", "b"])
-    assert tree["init_weights"] == ("bat" if written.grouping == "col" else True)
+    assert tree["init_weights"] == ("bat" if (written.grouping, written.form) == ("col", "affine") else True)
 
 
 def test_it_is_a_method_of_peft(tmp_path):
@@ -288,9 +292,10 @@ def test_merged_it_computes_the_same(method):
     model.merge_adapter()
     torch.testing.assert_close(model(X), before, rtol=1e-5, atol=1e-5)
     assert model.get_model_status().merged_adapters == ["default"]
+    its = model.peft_config["default"]
     for layer in layers(model).values():
-        assert torch.equal(layer.base_layer.weight.data, adapted_weight(
-            layer.unmerged_weight, layer.bone_block["default"].data, model.peft_config["default"].grouping))
+        wanted = adapted_weight(layer.unmerged_weight, layer.bone_block["default"].data, its.grouping, its.form)
+        assert torch.equal(layer.base_layer.weight.data, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -426,7 +431,8 @@ def test_adapters_may_be_on_other_modules():
     model.set_adapter("other")
     plain = Mlp()
     plain.head = nn.Linear(32, 8, bias=False)
-    plain.head.weight.data = adapted_weight(Mlp().head.weight, blocks(model, "other")["base_model.model.head.bone_block.other"], "miss").data
+    block = blocks(model, "other")["base_model.model.head.bone_block.other"]
+    plain.head.weight.data = adapted_weight(Mlp().head.weight, block, "miss").data
     torch.testing.assert_close(model(X), plain(X), rtol=1e-5, atol=1e-5)
     model.delete_adapter("other")
     assert torch.equal(model(X), before)
@@ -671,6 +677,9 @@ def test_tied_embeddings_stay_tied():
 @pytest.mark.parametrize("options, says", [
     ({"r": 0}, "r: 0"), ({"r": 2.5}, "r: 2.5"), ({"grouping": "diagonal"}, "'diagonal'"), ({"init_weights": "mini"}, "'mini'"),
     ({"init_weights": "pissa"}, "'pissa'"), ({"init_weights": "bat", "grouping": "row"}, "'bat' is grouping col"),
+    ({"grouping": "free"}, "free needs a number of groups"),
+    ({"groups": 3}, "groups: 3"), ({"form": "cubic"}, "'cubic'"), ({"init_weights": "bat", "form": "hadamard"}, "'bat' is grouping col"),
+    ({"form": "hadamard"}, "'hadamard' does not exist for grouping 'miss'"),
     ({"bias": "lora_only"}, "bias: 'lora_only'"), ({"strategy": "magic"}, "'magic'"),
     ({"grouping": "col", "strategy": "factored"}, "'factored'"),
     ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "layers_to_transform: [0]"),
@@ -683,7 +692,7 @@ def test_configs_that_are_refused(options, says):
 
 
 @pytest.mark.parametrize("options, says", [
-    ({"r": 16, "target_modules": ["0", "head"]}, ["target_modules: head: r: 16 does not fit", "(8, 32)", "8, 4"]),
+    ({"r": 16, "target_modules": ["0", "head"]}, ["target_modules: head: ", "r=16 does not divide", "(8, 32)", "8, 4"]),
     ({"target_modules": ["0", "norm"]}, ["target_modules: norm: is a LayerNorm"]),
 ], ids=str)
 def test_a_refused_adapter_leaves_the_model_as_it_was(options, says):
@@ -737,7 +746,7 @@ FIRST = "base_model.model.backbone_blocks.0.bone_block"
 
 @pytest.mark.parametrize("change, says", [
     (lambda tensors: tensors.pop(FIRST), "holds no tensor for base_model.model.backbone_blocks.0"),
-    (lambda tensors: tensors.update({FIRST.replace(".0.", ".7."): torch.zeros(2, 8, 8)}), "backbone_blocks.7.bone_block: this model has no"),
+    (lambda tensors: tensors.update({FIRST.replace(".0.", ".7."): torch.zeros(2, 8, 8)}), "blocks.7.bone_block: this model has no"),
     (lambda tensors: tensors.update({FIRST: torch.zeros(2, 4, 4)}), "does not fit this model: size mismatch"),
 ], ids=["missing", "unexpected", "of another size"])
 def test_tensors_that_do_not_fit_are_refused(tmp_path, change, says):

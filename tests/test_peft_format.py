@@ -167,16 +167,18 @@ def test_on_a_bf16_model_peft_and_this_differ_by_rounding_alone(base, tmp_path, 
     assert 0 < here.norm() < 2 * there.norm() and there.norm() < 0.05 * exact.norm()
 
 
-@pytest.mark.parametrize("grouping", ["row", "left", "col", "miss"])
-def test_an_adapter_of_bone_model_becomes_one_of_bone_ds(base, tmp_path, grouping):
-    model = BoneModel(plain(base), BoneConfig(r=8, grouping=grouping, target_modules="all-linear"))
+@pytest.mark.parametrize("method", [{"grouping": grouping} for grouping in ("row", "left", "col", "miss")] + [
+    {"grouping": "free", "groups": 4, "form": "affine"}, {"grouping": "col", "form": "unconstrained"}], ids=str)
+def test_an_adapter_of_bone_model_becomes_one_of_bone_ds(base, tmp_path, method):
+    model = BoneModel(plain(base), BoneConfig(r=8, target_modules="all-linear", **method))
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.05)
     model.save_pretrained(tmp_path / "model")
     adapter = imported(base, tmp_path / "model")
-    assert adapter_file.read(adapter)[0].grouping == grouping
+    header = adapter_file.read(adapter)[0].adapter
+    assert {field: getattr(header, field) for field in method} == method
     torch.testing.assert_close(logits_of_merged(adapter, tmp_path / "merged"), logits_of(model), rtol=1e-4, atol=1e-4)
 
 
@@ -273,7 +275,8 @@ TENSORS = {
     "of a whole module": (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(2, 2)}), ["lm_head.weight", "no tensor of"]),
     "one layer less": (lambda t: t.pop(Q1) and t.update({Q1.replace("q_proj", "k_proj"): torch.ones(8, 16)}),
                        ["model.layers.0.k_proj", "range of layers"]),
-    "an unknown layer": (lambda t: t.update({Q1.replace("layers.1", "layers.7"): torch.ones(8, 32)}), ["layers.7", "no module of", "2 layers"]),
+    "an unknown layer": (lambda t: t.update({Q1.replace("layers.1", "layers.7"): torch.ones(8, 32)}),
+                         ["layers.7", "no module of", "2 layers"]),
     "an unknown module": (lambda t: t.update({Q1.replace("q_proj", "c_attn"): torch.ones(8, 32)}), ["c_attn", "no module of"]),
     "of another size": (lambda t: t.update({Q1: torch.ones(8, 16)}), ["q_proj.bone", "(8, 16)", "(8, 32)"]),
     "NaN": (lambda t: t[Q0][0].fill_(float("nan")), [Q0, "NaN"]),
@@ -319,8 +322,10 @@ def test_a_lora_of_peft_is_refused(base, tmp_path, refuse):
 
 
 @pytest.mark.parametrize("adapter, says", [
-    ({"rank": 8, "grouping": "row"}, "is bone with grouping row; PEFT has a form for bone with grouping miss and col alone"),
+    ({"rank": 8, "grouping": "row"},
+     "is bone with grouping row and form affine; PEFT has bone with grouping miss or col and form affine alone"),
     ({"rank": 8, "grouping": "left"}, "is bone with grouping left"),
+    ({"rank": 8, "grouping": "col", "form": "hadamard"}, "grouping col and form hadamard"),
     ({"method": "lora", "rank": 4}, "is lora"), ({"method": "full"}, "is full")], ids=str)
 def test_adapters_that_have_no_such_form(base, tmp_path, refuse, adapter, says):
     random_adapter(base, tmp_path / "ours.safetensors", **adapter)

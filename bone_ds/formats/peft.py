@@ -8,7 +8,7 @@
 | | "bat" | col | `MODULE.bone_block` (out/r, r, r) |
 
 MODULE is the module's name in the model after `base_model.model.`. MiSS's "mini" is another method. `BoneModel.save_pretrained` writes
-BONE with a `grouping` of its own beside, which is read too.
+BONE with a `grouping`, `form` and `groups` of its own beside, which are read too.
 
 Values keep every bit both ways. PEFT itself keeps them in fp32 on models of any dtype and, for `miss`, adds its term in fp32 before it
 rounds; this project computes in the model's dtype.
@@ -73,9 +73,9 @@ def export_adapter(path: Path, out: Path, dtype: str = "auto") -> str:
     """
     check_absent(out)
     header, tensors = adapter_file.read(path)
-    if header.method != "bone" or header.grouping not in _INIT_WEIGHTS:
-        described = f"bone with grouping {header.grouping}" if header.method == "bone" else header.method
-        raise ConfigError(f"{path}: is {described}; PEFT has a form for bone with grouping miss and col alone")
+    if header.method != "bone" or header.grouping not in _INIT_WEIGHTS or header.form not in (None, "affine"):
+        described = f"bone with grouping {header.grouping} and form {header.form or 'affine'}" if header.method == "bone" else header.method
+        raise ConfigError(f"{path}: is {described}; PEFT has bone with grouping miss or col and form affine alone")
     dtype = chosen_dtype(tensors, dtype)
     renamed = {f"base_model.model.{name.removesuffix('.bone')}.miss_block": tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
     config = _config(header, next(iter(tensors)))
@@ -114,8 +114,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is of peft_type {told!r}; MISS and BONE are read")
     for field in ("modules_to_save", "bias"):
         if config.get(field) not in (None, [], "none"):
-            raise CheckpointError(f"{path}: {field}: {config[field]!r} was trained beside the adapter, which adapter.safetensors can't hold; "
-                                  "BoneModel.from_pretrained loads it")
+            raise CheckpointError(f"{path}: {field}: {config[field]!r} was trained beside the adapter, which adapter.safetensors can't "
+                                  "hold; BoneModel.from_pretrained loads it")
     if not isinstance(config.get("r"), int) or config["r"] < 1:
         raise CheckpointError(f"{path}: r: {config.get('r')!r} is no block size")
     return config
@@ -167,7 +167,8 @@ def _header(path: Path, config: dict[str, Any], tensors: dict[str, Tensor], arch
         format_version=FORMAT_VERSION, architecture=architecture.name, method="bone", grouping=_grouping(path, config), rank=config["r"],
         alpha=None, targets=[target for target in architecture.targets if target in targets],
         layers=None if layers == (0, len(architecture.layers(model))) else list(layers), base=source.origin,
-        base_revision=source.revision, base_dtype="bf16", base_fingerprint=source.fingerprint, step=0)
+        base_revision=source.revision, base_dtype="bf16", base_fingerprint=source.fingerprint, step=0, form=config.get("form") or "affine",
+        groups=config.get("groups"))
 
 
 def _coverage(path: Path, tensors: dict[str, Tensor], architecture: Architecture, model: nn.Module,

@@ -25,12 +25,13 @@ class BoneConfig(PeftConfig):
     layers_to_transform, layers_pattern: of target_modules by name, only those in these layers; the pattern is what comes before the
         layer's number.
     init_weights: as PEFT's: True for `miss`, "bat" for `col`; False for `miss` with random values in place of zeros.
-    grouping: row, col, left or miss in place of what init_weights names.
+    grouping: row, col, left, free or miss in place of what init_weights names. groups: of `free`, the number of a layer's matrices.
+    form: affine, or the ablations hadamard and unconstrained, of row, col and free.
     modules_to_save: modules that are trained whole, in a copy, and saved with the adapter.
     bias: "none", "all" of the model's, or "bone_only", those of the adapted layers.
     strategy: how it is computed, with equal results; see `bone_ds/bone/README.md`.
 
-    Raises ConfigError, or InjectionError for a grouping or strategy that is unknown.
+    Raises ConfigError, or InjectionError for a grouping, form or strategy that is unknown, or goes not with the others.
     """
 
     r: int = 64
@@ -42,6 +43,8 @@ class BoneConfig(PeftConfig):
     bias: str = "none"
     modules_to_save: list[str] | None = None
     grouping: str | None = None
+    form: str = "affine"
+    groups: int | None = None
     strategy: str = "auto"
 
     def __post_init__(self):
@@ -52,7 +55,7 @@ class BoneConfig(PeftConfig):
         if self.bias not in BIASES:
             raise ConfigError(f"bias: {self.bias!r} is unknown, choose one of {', '.join(BIASES)}")
         self._name_the_grouping()
-        resolve(self.strategy, self.grouping)
+        resolve(self.strategy, self.grouping, self.form)
         self._check_layers()
         for field in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, field), (list, tuple)):
@@ -63,9 +66,13 @@ class BoneConfig(PeftConfig):
         named = grouping_of(self.init_weights)
         if self.grouping is None:
             self.grouping = named
-        if self.init_weights == "bat" and self.grouping != "col":
-            raise ConfigError(f"init_weights: 'bat' is grouping col, but grouping is {self.grouping!r}; remove one")
-        if self.grouping == "col" and self.init_weights is True:
+        if self.init_weights == "bat" and (self.grouping, self.form) != ("col", "affine"):
+            raise ConfigError(f"init_weights: 'bat' is grouping col and form affine, but they are {self.grouping!r} and "
+                              f"{self.form!r}; remove it")
+        if (self.groups is None) == (self.grouping == "free"):
+            raise ConfigError(f"groups: {self.groups!r} with grouping {self.grouping!r}: free needs a number of groups, others have "
+                              "none")
+        if (self.grouping, self.form, self.init_weights) == ("col", "affine", True):
             self.init_weights = "bat"
 
     def _check_layers(self) -> None:
@@ -77,7 +84,7 @@ class BoneConfig(PeftConfig):
     @property
     def method(self) -> dict[str, Any]:
         """What the tensors mean: equal for adapters that may be loaded for each other."""
-        return {"r": self.r, "grouping": self.grouping}
+        return {"r": self.r, "grouping": self.grouping, "form": self.form, "groups": self.groups}
 
     def to_dict(self) -> dict[str, Any]:
         return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}

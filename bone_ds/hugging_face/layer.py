@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from bone_ds.bone import adapted_weight, bone_shape, fits, largest_common_block, resolve
-from bone_ds.errors import InjectionError
+from bone_ds.bone import BoneLinear, adapted_weight, resolve
 from bone_ds.hugging_face.config import BoneConfig
 
 
@@ -39,12 +38,9 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: BoneConfig) -> None:
         """Adds an adapter, in the weight's dtype. Raises InjectionError where blocks of its size don't cut the layer."""
-        shape = (self.out_features, self.in_features)
-        if not fits(config.grouping, *shape, config.r):
-            sizes = ", ".join(map(str, largest_common_block([shape])[:4]))
-            raise InjectionError(f"r: {config.r} does not fit a layer of (out, in) = {shape} with grouping {config.grouping!r}; the largest "
-                                 f"block sizes that do: {sizes}")
-        block = torch.zeros(bone_shape(config.grouping, *shape, config.r), dtype=self.weight.dtype, device=self.weight.device)
+        alike = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        layer = BoneLinear(alike, config.r, config.grouping, config.strategy, form=config.form, groups=config.groups)
+        block = torch.zeros(layer.bone.shape, dtype=self.weight.dtype, device=self.weight.device)
         if config.init_weights is False:
             nn.init.kaiming_uniform_(block, a=math.sqrt(5))
         self.bone_config[adapter_name] = config
@@ -66,12 +62,13 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         if len(active) > 1 or self.weight.requires_grad:
             return F.linear(x, self._adapted(self.weight, active), self.bias)
         config = self.bone_config[active[0]]
-        return resolve(config.strategy, config.grouping)(x, self.weight, self.bone_block[active[0]], self.bias)
+        return resolve(config.strategy, config.grouping, config.form)(x, self.weight, self.bone_block[active[0]], self.bias)
 
     def _adapted(self, weight: Tensor, names: Iterable[str]) -> Tensor:
         """The weight (out, in) with the named adapters, in its dtype."""
         for name in names:
-            weight = adapted_weight(weight, self.bone_block[name].to(weight.dtype), self.bone_config[name].grouping)
+            config = self.bone_config[name]
+            weight = adapted_weight(weight, self.bone_block[name].to(weight.dtype), config.grouping, config.form)
         return weight
 
     @torch.no_grad()

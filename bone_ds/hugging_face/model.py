@@ -114,5 +114,5 @@ def _check_config(config: PeftConfig) -> None:
 def _check_same_method(model_id: Path, found: BoneConfig, present: BoneConfig) -> None:
     for field, value in present.method.items():
         if found.method[field] != value:
-            raise CheckpointError(f"{model_id}: {field} is {found.method[field]!r}, the model's adapter has {value!r}; load it under a name "
-                                  "of its own")
+            raise CheckpointError(f"{model_id}: {field} is {found.method[field]!r}, the model's adapter has {value!r}; load it under a "
+                                  "name of its own")
