@@ -273,7 +273,7 @@ TENSORS = {
     "none": (lambda t: t.clear(), ["holds no tensors"]),
     "of LoRA": (lambda t: t.update({Q0.replace("miss_block", "lora_A.weight"): torch.ones(2, 2)}), ["lora_A.weight", "no tensor of Bone"]),
     "of a whole module": (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(2, 2)}), ["lm_head.weight", "no tensor of"]),
-    "one layer less": (lambda t: t.pop(Q1) and t.update({Q1.replace("q_proj", "k_proj"): torch.ones(8, 16)}),
+    "one layer less": (lambda t: (t.pop(Q1), t.update({Q1.replace("q_proj", "k_proj"): torch.ones(8, 16)})),
                        ["model.layers.0.k_proj", "range of layers"]),
     "an unknown layer": (lambda t: t.update({Q1.replace("layers.1", "layers.7"): torch.ones(8, 32)}),
                          ["layers.7", "no module of", "2 layers"]),
