@@ -11,7 +11,7 @@ from peft import LoraConfig, MissConfig, PeftModel, get_peft_model, get_peft_mod
 from safetensors.torch import load_file, save_file
 from tiny_llama import tiny_config, tiny_model
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from bone_ds import BoneConfig, BoneModel
 from bone_ds.bone import GROUPINGS, adapted_weight, bone_shape
@@ -545,6 +545,18 @@ def test_a_causal_head_is_trained_beside_the_adapter(tmp_path):
     assert head.grad.abs().max() > 0
     model.save_pretrained(tmp_path)
     loaded = BoneModel.from_pretrained(tiny_model(), tmp_path)
+    assert torch.equal(loaded(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
+
+
+def test_the_new_head_of_a_classifier_is_trained(tmp_path):
+    torch.manual_seed(0)
+    base = LlamaForSequenceClassification(tiny_config(num_labels=3, pad_token_id=0))
+    model = BoneModel(copy.deepcopy(base), BoneConfig(task_type="SEQ_CLS", r=8, grouping="row", target_modules=["q_proj"]))
+    moved(model)(input_ids=TOKENS, labels=torch.tensor([2])).loss.backward()
+    assert model.get_base_model().score.modules_to_save["default"].weight.grad.abs().max() > 0
+    model.save_pretrained(tmp_path)
+    loaded = BoneModel.from_pretrained(base, tmp_path)
+    assert type(loaded) is BoneModel and loaded.peft_config["default"].modules_to_save == ["classifier", "score"]
     assert torch.equal(loaded(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
 
 

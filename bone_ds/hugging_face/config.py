@@ -13,6 +13,8 @@ from bone_ds.formats.peft import grouping_of
 
 PEFT_TYPE = "BONE"
 BIASES = ("none", "all", "bone_only")
+_NEW_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""What PEFT trains whole by task: the modules that a pretrained model lacks, and that begin with random values."""
 
 
 @dataclass
@@ -27,7 +29,8 @@ class BoneConfig(PeftConfig):
     init_weights: as PEFT's: True for `miss`, "bat" for `col`; False for `miss` with random values in place of zeros.
     grouping: row, col, left, free or miss in place of what init_weights names. groups: of `free`, the number of a layer's matrices.
     form: affine, or the ablations hadamard and unconstrained, of row, col and free.
-    modules_to_save: modules that are trained whole, in a copy, and saved with the adapter.
+    modules_to_save: modules that are trained whole, in a copy, and saved with the adapter; task_type "SEQ_CLS", "TOKEN_CLS" and
+        "QUESTION_ANS" add the heads of these tasks.
     bias: "none", "all" of the model's, or "bone_only", those of the adapted layers.
     strategy: how it is computed, with equal results; see `bone_ds/bone/README.md`.
 
@@ -57,6 +60,7 @@ class BoneConfig(PeftConfig):
         self._name_the_grouping()
         resolve(self.strategy, self.grouping, self.form)
         self._check_layers()
+        self.modules_to_save = list(dict.fromkeys([*(self.modules_to_save or ()), *_NEW_HEADS.get(self.task_type, ())])) or None
         for field in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, field), (list, tuple)):
                 setattr(self, field, set(getattr(self, field)))
