@@ -434,6 +434,7 @@ def test_adapters_may_be_on_other_modules():
     block = blocks(model, "other")["base_model.model.head.bone_block.other"]
     plain.head.weight.data = adapted_weight(Mlp().head.weight, block, "miss").data
     torch.testing.assert_close(model(X), plain(X), rtol=1e-5, atol=1e-5)
+    model.set_adapter("default")
     model.delete_adapter("other")
     assert torch.equal(model(X), before)
 
