@@ -139,7 +139,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
 
 
 def test_recomputation_through_the_trainer_changes_nothing(tmp_path):
-    plain, recomputed = trainer(tmp_path / "a", steps=2), trainer(tmp_path / "b", steps=2, gradient_checkpointing=True)
+    plain, recomputed = trainer(tmp_path / "a", steps=2), trainer(tmp_path / "b", steps=2, activation_checkpointing=True)
     for run in (plain, recomputed):
         run.train()
     assert all(torch.equal(tensor, trained(recomputed.model)[name]) for name, tensor in trained(plain.model).items())

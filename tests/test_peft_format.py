@@ -99,7 +99,7 @@ def test_what_peft_saved_is_imported_to_the_bit_and_computes_the_same(base, tmp_
     wanted = logits_of(model)
     torch.testing.assert_close(logits_of_merged(adapter, tmp_path / "merged"), wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits_of(BoneModel.from_pretrained(plain(base), tmp_path / "theirs")), wanted, rtol=1e-5, atol=1e-5)
-    assert (wanted - logits_of(plain(base))).abs().max() > 0.1
+    assert (wanted - logits_of(plain(base))).abs().max() > 2e-3
 
 
 @pytest.mark.parametrize("layers", [None, [1, 2]])
