@@ -156,8 +156,9 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="write an adapter for another program")
     export.add_argument("adapter", type=Path, help="adapter.safetensors of a run")
-    export.add_argument("--to", dest="format", choices=("rwkv-peft", "peft"), required=True, help="the program that is to read it")
-    export.add_argument("--out", type=Path, required=True, help="to be made: a .pth file (rwkv-peft), a directory (peft)")
+    export.add_argument("--to", dest="format", choices=("rwkv-peft", "peft", "bone-model"), required=True,
+                        help="the program that is to read it; bone-model is BoneModel.from_pretrained of this one")
+    export.add_argument("--out", type=Path, required=True, help="to be made: a .pth file (rwkv-peft), a directory (peft, bone-model)")
     export.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto is bf16 where that keeps every bit")
     export.add_argument("--name", choices=("bone", "disha"), help="rwkv-peft: what Bone's tensors are called; disha in later versions")
     export.set_defaults(run=_export)
@@ -372,10 +373,10 @@ def _export(options: argparse.Namespace, given: list[str]) -> int:
         raise ConfigError(f"--name: {options.name!r} is for --to rwkv-peft, remove it")
     from bone_ds.formats import peft, rwkv_peft
 
-    if options.format == "peft":
-        dtype = peft.export_adapter(options.adapter, options.out, options.dtype)
-    else:
+    if options.format == "rwkv-peft":
         dtype = rwkv_peft.export_adapter(options.adapter, options.out, options.dtype, options.name or "bone")
+    else:
+        dtype = peft.export_adapter(options.adapter, options.out, options.dtype, options.format)
     print(f"{options.out}: {options.adapter} in {dtype}")
     return 0
 

@@ -182,6 +182,28 @@ def test_an_adapter_of_bone_model_becomes_one_of_bone_ds(base, tmp_path, method)
     torch.testing.assert_close(logits_of_merged(adapter, tmp_path / "merged"), logits_of(model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("adapter", [
+    {"grouping": "row"}, {"grouping": "left", "layers": [1, 2]}, {"grouping": "col"}, {"grouping": "miss"},
+    {"grouping": "free", "groups": 4}, {"grouping": "col", "form": "unconstrained"}], ids=str)
+def test_an_adapter_of_bone_ds_becomes_one_of_bone_model(base, tmp_path, adapter):
+    random_adapter(base, tmp_path / "ours.safetensors", rank=8, **adapter)
+    command = ["export", "--to", "bone-model", str(tmp_path / "ours.safetensors"), "--out", str(tmp_path / "model")]
+    assert main(command) == 0
+    model = BoneModel.from_pretrained(plain(base), tmp_path / "model")
+    wanted = logits_of_merged(tmp_path / "ours.safetensors", tmp_path / "merged")
+    torch.testing.assert_close(logits_of(model), wanted, rtol=1e-4, atol=1e-4)
+    again = imported(base, tmp_path / "model")
+    (here, tensors), (there, originals) = adapter_file.read(again), adapter_file.read(tmp_path / "ours.safetensors")
+    same_bits(tensors, originals)
+    assert here.adapter == there.adapter
+
+
+def test_an_adapter_of_another_method_is_none_of_bone_model(base, tmp_path, refuse):
+    random_adapter(base, tmp_path / "ours.safetensors", method="lora", rank=4)
+    message = refuse("export", "--to", "bone-model", str(tmp_path / "ours.safetensors"))
+    assert "is lora; bone-model has a form for bone alone" in message
+
+
 # Fixtures
 
 
@@ -323,7 +345,7 @@ def test_a_lora_of_peft_is_refused(base, tmp_path, refuse):
 
 @pytest.mark.parametrize("adapter, says", [
     ({"rank": 8, "grouping": "row"},
-     "is bone with grouping row and form affine; PEFT has bone with grouping miss or col and form affine alone"),
+     "is bone with grouping row and form affine; PEFT has bone with grouping miss or col and form affine alone; --to bone-model"),
     ({"rank": 8, "grouping": "left"}, "is bone with grouping left"),
     ({"rank": 8, "grouping": "col", "form": "hadamard"}, "grouping col and form hadamard"),
     ({"method": "lora", "rank": 4}, "is lora"), ({"method": "full"}, "is full")], ids=str)

@@ -66,19 +66,19 @@ def import_adapter(path: Path, base: str, out: Path) -> Header:
     return header
 
 
-def export_adapter(path: Path, out: Path, dtype: str = "auto") -> str:
-    """Writes an adapter of this project as a directory of PEFT's MiSS; returns the dtype it chose.
+def export_adapter(path: Path, out: Path, dtype: str = "auto", reader: str = "peft") -> str:
+    """Writes an adapter of this project as a directory that `reader` loads; returns the dtype it chose.
 
-    dtype: bf16, fp32, or auto, which takes bf16 where that keeps every bit. Raises ConfigError for what PEFT has no form for.
+    dtype: bf16, fp32, or auto, which takes bf16 where that keeps every bit. reader: peft, as its MiSS, or bone-model, which is
+    `BoneModel.from_pretrained`. Raises ConfigError for what the reader has no form for.
     """
     check_absent(out)
     header, tensors = adapter_file.read(path)
-    if header.method != "bone" or header.grouping not in _INIT_WEIGHTS or header.form not in (None, "affine"):
-        described = f"bone with grouping {header.grouping} and form {header.form or 'affine'}" if header.method == "bone" else header.method
-        raise ConfigError(f"{path}: is {described}; PEFT has bone with grouping miss or col and form affine alone")
+    _check_has_form(path, header, reader)
     dtype = chosen_dtype(tensors, dtype)
-    renamed = {f"base_model.model.{name.removesuffix('.bone')}.miss_block": tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
-    config = _config(header, next(iter(tensors)))
+    part = "miss_block" if reader == "peft" else "bone_block"
+    renamed = {f"base_model.model.{name.removesuffix('.bone')}.{part}": tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
+    config = _placement(header, next(iter(tensors))) | (_miss(header) if reader == "peft" else _bone(header))
 
     def write(aside: Path) -> None:
         aside.mkdir()
@@ -89,17 +89,33 @@ def export_adapter(path: Path, out: Path, dtype: str = "auto") -> str:
     return dtype
 
 
-def _config(header: Header, name: str) -> dict[str, Any]:
-    """What PEFT's MissConfig reads; name: of a tensor, which tells what the layers are called."""
-    layers_name = re.match(r"(?:.*?\.)?(\w+)\.\d+\.", name)[1]
+def _check_has_form(path: Path, header: Header, reader: str) -> None:
+    if header.method != "bone":
+        raise ConfigError(f"{path}: is {header.method}; {reader} has a form for bone alone")
+    form = header.form or "affine"
+    if reader == "peft" and (header.grouping not in _INIT_WEIGHTS or form != "affine"):
+        raise ConfigError(f"{path}: is bone with grouping {header.grouping} and form {form}; PEFT has bone with grouping miss or col and "
+                          "form affine alone; --to bone-model writes a directory for BoneModel")
+
+
+def _placement(header: Header, name: str) -> dict[str, Any]:
+    """Base and modules as PEFT's configurations say them; name: of a tensor, which tells what the layers are called."""
     return {
-        "peft_type": "MISS", "task_type": "CAUSAL_LM", "inference_mode": True,
-        "base_model_name_or_path": header.base, "revision": header.base_revision,
-        "r": header.rank, "init_weights": _INIT_WEIGHTS[header.grouping], "miss_dropout": 0.0, "mini_r": 1, "bias": "none",
-        "target_modules": header.targets, "exclude_modules": None, "modules_to_save": None,
+        "task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": header.base, "revision": header.base_revision,
+        "r": header.rank, "bias": "none", "target_modules": header.targets, "exclude_modules": None, "modules_to_save": None,
         "layers_to_transform": None if header.layers is None else list(range(*header.layers)),
-        "layers_pattern": None if header.layers is None else layers_name,
+        "layers_pattern": None if header.layers is None else re.match(r"(?:.*?\.)?(\w+)\.\d+\.", name)[1],
     }
+
+
+def _miss(header: Header) -> dict[str, Any]:
+    return {"peft_type": "MISS", "init_weights": _INIT_WEIGHTS[header.grouping], "miss_dropout": 0.0, "mini_r": 1}
+
+
+def _bone(header: Header) -> dict[str, Any]:
+    form = header.form or "affine"
+    init_weights = _INIT_WEIGHTS.get(header.grouping, True) if form == "affine" else True
+    return {"peft_type": "BONE", "init_weights": init_weights, "grouping": header.grouping, "form": form, "groups": header.groups}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
