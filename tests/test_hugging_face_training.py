@@ -115,8 +115,7 @@ def test_a_checkpoint_holds_no_weight_of_the_base(tmp_path, kind):
             assert torch.equal(run.model.get_base_model().get_parameter(name), weight)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind, dtype", [*((kind, torch.float32) for kind in CONFIGS), ("miss", torch.bfloat16)], ids=str)
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, kind, dtype):
     def run() -> Trainer:
         return trainer(tmp_path, dtype=dtype, config=BoneConfig(target_modules="all-linear", **CONFIGS[kind]))
