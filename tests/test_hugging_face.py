@@ -7,6 +7,7 @@ import math
 import peft
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, MissConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny_llama import tiny_config, tiny_model
@@ -727,6 +728,11 @@ def test_a_quantised_layer_is_refused():
     base.head.weight = nn.Parameter(torch.zeros(8, 32, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(InjectionError, match="head: its weight is quantised .uint8"):
         BoneModel(base, config(target_modules=["head"]))
+
+
+def test_an_offloaded_layer_is_refused():
+    with pytest.raises(InjectionError, match="backbone_blocks.0: its weight is offloaded"):
+        BoneModel(cpu_offload(Mlp(), torch.device("cpu")), config())
 
 
 def test_names_that_no_module_has():

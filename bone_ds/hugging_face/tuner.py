@@ -69,6 +69,8 @@ class BoneTuner(BaseTuner):
 def _check_linear(target: nn.Module) -> None:
     if not isinstance(target, nn.Linear):
         raise InjectionError(f"is a {type(target).__name__}, Bone adapts nn.Linear modules; name those alone")
+    if getattr(getattr(target, "_hf_hook", None), "offload", False):
+        raise InjectionError("its weight is offloaded, Bone reads it directly; load the model without offloading")
     if not target.weight.is_floating_point():
         raise InjectionError(f"its weight is quantised ({str(target.weight.dtype).removeprefix('torch.')}), Bone adapts weights in "
                              "floating point; load the model unquantised")
