@@ -14,6 +14,7 @@ from tiny_llama import tiny_config, tiny_model
 from torch import nn
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
+import bone_ds
 from bone_ds import BoneConfig, BoneModel
 from bone_ds.bone import GROUPINGS, adapted_weight, bone_shape
 from bone_ds.errors import CheckpointError, ConfigError, InjectionError
@@ -81,6 +82,12 @@ def layers(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 def adapted_names(model: nn.Module) -> list[str]:
     return [name.removeprefix("base_model.model.") for name in layers(model)]
+
+
+def test_they_are_names_of_the_package():
+    assert {"BoneConfig", "BoneModel", "__version__"} <= set(dir(bone_ds)) and bone_ds.BoneModel is BoneModel
+    with pytest.raises(AttributeError, match="'bone_ds' has no attribute 'BoneAge'"):
+        _ = bone_ds.BoneAge
 
 
 # A new adapter
