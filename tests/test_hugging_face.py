@@ -161,6 +161,17 @@ def test_a_strategy_changes_no_result(strategy):
     torch.testing.assert_close(model(X), auto(X), rtol=1e-5, atol=1e-6)
 
 
+def test_a_base_weight_that_is_unfrozen_gets_its_gradient():
+    model = adapted()
+    before = model(X)
+    layer = next(iter(layers(model).values()))
+    layer.base_layer.weight.requires_grad_(True)
+    after = model(X)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    after.sum().backward()
+    assert layer.base_layer.weight.grad.abs().max() > 0 and layer.bone_block["default"].grad.abs().max() > 0
+
+
 # Disabling
 
 
