@@ -17,10 +17,7 @@ from bone_ds.cli import main
 ROOT = Path(__file__).parents[1]
 NAME = "HuggingFaceTB/SmolLM2-135M"
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
 
 def blocks_of_code(page: str, language: str) -> list[str]:

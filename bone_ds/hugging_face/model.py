@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 from peft import PeftConfig, PeftModel
@@ -27,7 +28,10 @@ class BoneModel(PeftModel):
 
     def __init__(self, model: nn.Module, config: BoneConfig, adapter_name: str = "default", **kwargs: Any):
         _check_config(config)
-        super().__init__(model, config, adapter_name, **kwargs)
+        with warnings.catch_warnings():
+            # PEFT asks transformers by a name that is no longer the one to use.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            super().__init__(model, config, adapter_name, **kwargs)
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, model_id: Path, adapter_name: str = "default", is_trainable: bool = False,
