@@ -91,8 +91,9 @@ def _dataset(config: RunConfig, samples: Samples) -> list[dict]:
 
 
 def _features(samples: Samples, index: int) -> dict:
-    tokens, prompt_length = samples[index].tolist(), int(samples.prompt_lengths[index])
-    return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": [MASKED] * prompt_length + tokens[prompt_length:]}
+    tokens, learnt = samples[index].tolist(), samples.learnt_of(index).tolist()
+    labels = [token if is_learnt else MASKED for token, is_learnt in zip(tokens, learnt, strict=True)]
+    return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
 
 
 def _arguments(config: RunConfig, directory: Path) -> TrainingArguments:

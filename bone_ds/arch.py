@@ -88,7 +88,13 @@ class Architecture(Protocol):
         The source's fingerprint is empty then: it can be built, not loaded. Raises CheckpointError where nothing is known of it.
         """
 
+    def without_weights(self, model: ModelConfig) -> Source:
+        """As `outline`, with a tokenizer that can be loaded: of a model on the hub everything but its weights is fetched."""
+
     def tokenizer(self, source: Source): ...
+
+    def context_length(self, source: Source) -> int | None:
+        """Tokens of the longest document that the model was made for; None where it has no limit."""
 
     def build(self, source: Source, dtype: torch.dtype) -> nn.Module:
         """The causal language model with unset weights; called under `Placement.empty()`."""

@@ -116,6 +116,16 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--timing-only", action="store_true", help=argparse.SUPPRESS)
     profile.set_defaults(run=_profile)
 
+    data = commands.add_parser(
+        "data", help="what the model will see: samples with what bears loss, lengths, counts, packing",
+        description="Reads the data and the tokenizer, no weights.")
+    data.add_argument("config", help="YAML file; `bone-ds config` shows every field")
+    data.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a field of the file")
+    data.add_argument("--samples", type=int, default=2, metavar="N", help="how many of each source are shown, default 2")
+    data.add_argument("--colour", choices=("auto", "always", "never"), default="auto", help="default: where the output is a terminal")
+    data.add_argument("--json", action="store_true", help="print it as JSON")
+    data.set_defaults(run=_data)
+
     config = commands.add_parser("config", help="show every field of a config with its meaning and default")
     config.add_argument("config", nargs="?", help="a file to check and show as it would be used")
     config.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -213,10 +223,9 @@ def _train(options: argparse.Namespace, given: list[str]) -> int:
 
 def _check_paths(config: RunConfig) -> None:
     """What is not there at all; what is wrong inside a file is found by those that read it."""
-    for field in ("train", "eval"):
-        for path in getattr(config.data, field):
-            if not Path(path).expanduser().exists():
-                raise DataError(f"data.{field}: {path}: there is no such file, looked in {Path(path).expanduser().absolute().parent}")
+    from bone_ds import data_paths
+
+    data_paths.check(config.data)
     directory = Path(config.output.directory).expanduser().absolute()
     above = next(path for path in (directory, *directory.parents) if path.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
@@ -291,6 +300,29 @@ def _plan(options: argparse.Namespace, given: list[str]) -> int:
 
     planned = plan.plan(config, world_size, device, capacity_bytes or capacity_here(device, world_size))
     print(json.dumps(planned.as_dict(), indent=2) if options.json else plan.table(planned))
+    return 0
+
+
+def _data(options: argparse.Namespace, given: list[str]) -> int:
+    from bone_ds.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    if options.samples < 0:
+        raise ConfigError(f"--samples: {options.samples} is less than none, give 0 or more")
+    from bone_ds import arch, data_paths, resolution
+    from bone_ds.data.preview import as_text, preview
+
+    data_paths.check(config.data)
+    architecture = arch.resolve(config.model)
+    source = architecture.without_weights(config.model)
+    shown = preview(config, architecture.tokenizer(source), options.samples)
+    warning = resolution.context_warning(architecture, source, shown.longest)
+    if options.json:
+        print(json.dumps(shown.as_dict() | {"warning": warning}, indent=2, ensure_ascii=False))
+        return 0
+    print(as_text(shown, config.data.max_length, options.colour == "always" or options.colour == "auto" and sys.stdout.isatty()))
+    if warning:
+        print(warning)
     return 0
 
 

@@ -42,7 +42,7 @@ class ModelConfig(Section):
     wkv: Literal["auto", "naive", "chunked", "c", "fla"] = Field(
         "auto", description="RWKV6: which operator computes WKV, with equal results; auto takes fla on a GPU, c on a CPU, else chunked.")
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="Dtype of the frozen weights and of the forward pass.")
-    cache_dir: str = Field("~/.cache/bone_ds", description="Where a converted GGUF model is kept.")
+    cache_dir: str = Field("~/.cache/bone_ds", description="Where a converted GGUF model and tokenised data are kept.")
 
 
 class AdapterConfig(Section):
@@ -76,36 +76,101 @@ class AdapterConfig(Section):
         return self.parameters is None or "rank" in self.model_fields_set
 
 
+PromptName = Literal["metamath", "instruction", "wizardlm", "code", "user_assistant", "chat", "text", "template"]
+
+
+def _as_entry(value: Any) -> Any:
+    """An entry of a mixture may be its path alone."""
+    return {"path": value} if isinstance(value, str) else value
+
+
+class MixtureSource(Section):
+    """One entry of data.mixture. What it leaves out is the data section's; one that names a prompt brings all that belongs to it."""
+
+    path: str = Field(description="A file, a directory or a hub id, as in data.train.", min_length=1)
+    weight: float = Field(1.0, gt=0, description="Its share of an epoch's samples is this over the sum of all weights.")
+    samples: int | None = Field(None, ge=1, description="Use only the first so many rows.")
+    subset: str | None = Field(None, description="As data.subset.")
+    split: str | None = Field(None, description="As data.train_split.")
+    revision: str | None = Field(None, description="As data.revision.")
+    prompt: PromptName | None = Field(None, description="As data.prompt.")
+    fields: dict[str, str] | None = Field(None, description="As data.fields.")
+    template: str | None = Field(None, description="As data.template.")
+    completion: str | None = Field(None, description="As data.completion.")
+    chat_template: str | None = Field(None, description="As data.chat_template.")
+    drop_after_code: bool | None = Field(None, description="As data.drop_after_code.")
+
+
+Mixture = Annotated[tuple[Annotated[MixtureSource, BeforeValidator(_as_entry)], ...], BeforeValidator(_as_tuple)]
+_WORDED_BY = ("prompt", "fields", "template", "completion", "chat_template", "drop_after_code")
+"""Fields of the data section and of a mixture's entry that belong to the prompt."""
+
+
 class DataConfig(Section):
     train: Texts = Field(
-        description="Training files, .jsonl or .json, with prompt: text also .txt and binidx .bin; one path or a list.", min_length=1)
-    eval: Texts = Field(default=(), description="Held-out files; one path or a list. Without them no held-out loss is measured.")
+        description="Training data: .jsonl, .json, .csv, .parquet or .arrow files, directories of them, hub ids; with prompt: text also "
+                    ".txt and binidx .bin; one or a list. Leave it out with data.mixture.")
+    mixture: Mixture = Field(
+        default=(), description="In place of train: sources mixed by weight, each {path: ..., weight: ...} and where it differs samples, "
+                                "prompt, fields, template, completion, chat_template, drop_after_code, subset, split, revision.")
+    eval: Texts = Field(default=(), description="Held-out data, as data.train. Without it no held-out loss is measured.")
     train_samples: int | None = Field(None, ge=1, description="Use only the first so many rows of data.train.")
     eval_samples: int | None = Field(None, ge=1, description="Use only the first so many rows of data.eval.")
-    prompt: Literal["metamath", "instruction", "user_assistant", "text", "template"] = Field(
+    subset: str | None = Field(None, description="Directories and hub ids: which configuration of the data set; default its own.")
+    train_split: str = Field("train", min_length=1, description="Directories and hub ids: the split that data.train takes.")
+    eval_split: str = Field("test", min_length=1, description="Directories and hub ids: the split that data.eval takes.")
+    revision: str | None = Field(None, description="Hub ids: branch, tag or commit; the commit it names is recorded in the run.")
+    prompt: PromptName = Field(
         "metamath",
-        description="metamath: query/response. instruction: instruction/input/output. user_assistant: query/response as RWKV's "
-                    "User:/Assistant: text. text: text, all of it learnt. template: data.template and data.completion.")
+        description="metamath: query/response. instruction: instruction/input/output. wizardlm: instruction/output. code: query/answer "
+                    "up to the end of its first code block. user_assistant: query/response as RWKV's User:/Assistant: text. chat: "
+                    "messages or conversations through the chat template, assistant turns learnt. text: text, all of it learnt. "
+                    "template: data.template and data.completion.")
     fields: dict[str, str] = Field(
-        {}, description="The file's names for the prompt's fields, for example {query: question, response: answer}.")
+        {}, description="The data's names for the prompt's fields, for example {query: question, response: answer}.")
     template: str | None = Field(
         None, description="Prompt text with {field} places, for prompt: template.")
     completion: str | None = Field(
         None, description="Completion text with {field} places, for prompt: template; it alone bears loss.")
+    chat_template: str | None = Field(
+        None, description="For prompt: chat: a Jinja template, or the path of a .jinja file, in place of the tokenizer's own.")
+    drop_after_code: bool = Field(
+        False, description="Leave out what follows the completion's first fenced code block; prompt: code always does.")
     max_length: int = Field(512, ge=8, description="Longest sample, and the size of a pack, in tokens.")
     overlong: Literal["truncate", "drop", "split"] = Field(
         "truncate",
         description="What happens to a longer sample; each is counted and reported. split (default for prompt: text): cut into samples.")
     packing: bool = Field(True, description="Fill packs of max_length tokens with whole samples; samples never see each other.")
-
+    cache: bool = Field(True, description="Keep tokenised data of 1 MiB and more under model.cache_dir, for the next start.")
 
     @model_validator(mode="before")
     @classmethod
-    def _texts_are_split(cls, tree: Any) -> Any:
-        """The default of overlong for prompt: text, of which a file may be one long document."""
-        if isinstance(tree, dict) and tree.get("prompt") == "text":
-            return {"overlong": "split"} | tree
-        return tree
+    def _fill_in(cls, tree: Any) -> Any:
+        """No train beside a mixture; the default of overlong for prompt: text, of which a file may be one long document."""
+        if not isinstance(tree, dict):
+            return tree
+        if tree.get("mixture"):
+            tree = {"train": ()} | tree
+        return {"overlong": "split"} | tree if tree.get("prompt") == "text" else tree
+
+    @property
+    def train_paths(self) -> tuple[str, ...]:
+        """Every source of training data as the config names it."""
+        return self.train or tuple(source.path for source in self.mixture)
+
+    def of_source(self, source: MixtureSource) -> DataConfig:
+        """The section as it is for one source of the mixture alone."""
+        worded = {field: getattr(source, field) for field in _WORDED_BY if getattr(source, field) is not None}
+        if source.prompt is not None:
+            worded = {field: DataConfig.model_fields[field].default for field in _WORDED_BY} | worded
+        whole = (worded.get("prompt") or self.prompt) == "text"
+        if whole and "overlong" not in self.model_fields_set:
+            worded["overlong"] = "split"
+        elif not whole and self.overlong == "split":
+            worded["overlong"] = "truncate"
+        return self.model_copy(update=worded | {
+            "train": (source.path,), "mixture": (), "train_samples": source.samples, "subset": source.subset or self.subset,
+            "train_split": source.split or self.train_split, "revision": source.revision or self.revision})
 
 
 class TrainConfig(Section):
@@ -208,16 +273,7 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
         yield from _conflicts_of_bone(adapter)
     if adapter.layers is not None and not 0 <= adapter.layers[0] < adapter.layers[1]:
         yield f"adapter.layers: {list(adapter.layers)} is no range, give [first, last) with 0 <= first < last"
-    templates = {"template": data.template, "completion": data.completion}
-    if data.prompt == "template":
-        for field, value in templates.items():
-            if value is None:
-                yield f"data.{field}: is missing, data.prompt: template needs it"
-    for field, value in templates.items():
-        if data.prompt != "template" and value is not None:
-            yield f"data.{field}: {value!r} is for data.prompt: template, this is {data.prompt!r}"
-    if data.overlong == "split" and data.prompt != "text":
-        yield f"data.overlong: 'split' is for data.prompt: text, this is {data.prompt!r}: a prompt can't be parted from its completion"
+    yield from _data_conflicts(data)
     if data.eval_samples is not None and not data.eval:
         yield f"data.eval_samples: {data.eval_samples} without data.eval; name a held-out file"
     if train.steps is not None and train.epochs is not None:
@@ -232,6 +288,35 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
                f"train.micro_batch_size: {train.micro_batch_size}")
     if train.schedule == "constant" and train.final_lr_ratio:
         yield f"train.final_lr_ratio: {train.final_lr_ratio} has no effect with train.schedule: constant; remove it"
+
+
+def _data_conflicts(data: DataConfig) -> Iterator[str]:
+    if not data.train_paths:
+        yield "data.train: [] names no data; give files, or data.mixture"
+    if data.train and data.mixture:
+        yield f"data.train: {list(data.train)} and data.mixture are both given; keep one"
+    if data.mixture and data.train_samples is not None:
+        yield f"data.train_samples: {data.train_samples} is for data.train; give samples to each entry of data.mixture"
+    yield from _wording_conflicts("data", data)
+    for number, source in enumerate(data.mixture):
+        yield from _wording_conflicts(f"data.mixture.{number}", data.of_source(source))
+
+
+def _wording_conflicts(place: str, data: DataConfig) -> Iterator[str]:
+    """Fields that the prompt needs, or that mean nothing to it."""
+    templates = {"template": data.template, "completion": data.completion}
+    for field, value in templates.items():
+        if data.prompt == "template" and value is None:
+            yield f"{place}.{field}: is missing, {place}.prompt: template needs it"
+        if data.prompt != "template" and value is not None:
+            yield f"{place}.{field}: {value!r} is for {place}.prompt: template, this is {data.prompt!r}"
+    if data.chat_template is not None and data.prompt != "chat":
+        yield f"{place}.chat_template: {_shortened(data.chat_template)} is for {place}.prompt: chat, this is {data.prompt!r}"
+    if data.drop_after_code and data.prompt in ("text", "chat"):
+        yield f"{place}.drop_after_code: True is for a prompt with a completion, this is {data.prompt!r}; remove it"
+    if data.overlong == "split" and data.prompt != "text":
+        yield (f"{place}.overlong: 'split' is for {place}.prompt: text, this is {data.prompt!r}: a prompt can't be parted from its "
+               "completion")
 
 
 class _Loader(yaml.SafeLoader):
@@ -333,11 +418,11 @@ _WORDING = {
 def _describe(detail: ErrorDetails) -> str:
     """One pydantic error as `field: what is wrong with which value`."""
     field = ".".join(map(str, detail["loc"]))
-    nested = len(detail["loc"]) > 2
+    is_item = detail["loc"] and isinstance(detail["loc"][-1], int)
     kind, value = detail["type"], _plain(detail["input"])
     if kind == "value_error":
         return str(detail["ctx"]["error"])
-    if kind == "missing" and nested:
+    if kind == "missing" and is_item:
         return f"{'.'.join(map(str, detail['loc'][:-1]))}: {_shortened(value)}: {_WORDING['too_short']}"
     if kind == "missing":
         return f"{field}: is missing ({_field_info(detail['loc']).description or 'a section'})"
@@ -358,16 +443,19 @@ def _shortened(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _section_of(name: str) -> type[Section]:
-    return RunConfig.model_fields[name].annotation
+def _section_of(location: tuple) -> type[Section]:
+    """The class whose field the last part of the location names."""
+    if location[:2] == ("data", "mixture") and len(location) > 3:
+        return MixtureSource
+    return RunConfig.model_fields[location[0]].annotation if len(location) > 1 else RunConfig
 
 
 def _fields_of(location: tuple) -> list[str]:
-    return list((_section_of(location[0]) if location else RunConfig).model_fields)
+    return list(_section_of((*location, "")).model_fields)
 
 
 def _field_info(location: tuple):
-    return RunConfig.model_fields[location[0]] if len(location) == 1 else _section_of(location[0]).model_fields[location[1]]
+    return _section_of(location).model_fields[location[-1]]
 
 
 def dump_yaml(config: RunConfig) -> str:

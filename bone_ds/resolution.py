@@ -19,6 +19,15 @@ def check(config: RunConfig, architecture: Architecture) -> None:
                           f"chunk, {architecture.name} has none; remove it")
 
 
+def context_warning(architecture: Architecture, source: Source, longest: int) -> str | None:
+    """A line for samples beyond the model's context, which is no error: some models are trained to reach further. longest: in tokens."""
+    context = architecture.context_length(source)
+    if context is None or longest <= context:
+        return None
+    return (f"warning: the longest sample has {longest} tokens, the model's context is {context} (max_position_embeddings); what lies "
+            f"beyond is new to it, set data.max_length: {context} to leave it out")
+
+
 def resolve(config: RunConfig, architecture: Architecture, source: Source) -> RunConfig:
     """The config with its rank. Raises InjectionError where no rank is right."""
     if config.adapter.parameters is None:

@@ -3,8 +3,8 @@
 `events.jsonl` is append-only, one JSON object a line. Every line has `event` and `time` (seconds since 1970). By event:
 
 - `start`: `step`, `steps`, `world_size`, `trainable_parameters`, `data` and `eval` (counts of rows, kept, truncated,
-  dropped, label-less, split and their pieces), `model` (origin, revision, fingerprint), `versions`; a resumed run has one
-  for each start, whose `step` is where it went on
+  dropped, label-less, split and their pieces), `sources` (name, commits of the hub, weight, samples, samples per epoch),
+  `model` (origin, revision, fingerprint), `versions`; a resumed run has one for each start, whose `step` is where it went on
 - `step`: `step` (1 is the first), `epoch`, `loss` (nats, mean over the loss-bearing tokens of the global batch),
   `learning_rate`, `grad_norm` (before clipping), `step_s`, `tokens` and `label_tokens` of the global batch,
   `positions_per_s`, `tokens_per_s`, `label_tokens_per_s`, `memory_gib` (rank 0, high-water)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -57,7 +58,7 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False, force: bool = F
         if not engines.agree(source.fingerprint):
             raise CheckpointError(f"model.path: {config.model.path}: the ranks found different weights; give every host the same model")
         config = resolution.resolve(config, architecture, source)
-        samples, held_out_samples = _load_data(config, architecture, source)
+        samples, held_out_samples = _load_data(config, architecture, source, device)
         order = GlobalOrder(samples, config.data.packing, config.data.max_length, config.train.global_batch_size, config.train.seed)
         held_out = held_out_samples and HeldOut(
             held_out_samples, config.data.packing, config.data.max_length, ranks, device, config.train.chunk_length)
@@ -83,9 +84,11 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False, force: bool = F
             with run.log.open("a", encoding="utf-8") as log:
                 log.writelines(f"{line}\n" for line in plan_lines)
             run.record("start", step=first_step, steps=steps, world_size=ranks.world_size,
-                       **_provenance(engine, source, samples, held_out_samples))
+                       **_provenance(engine, source, samples, held_out_samples, order))
         progress = Progress(run.log if ranks.is_first else None, steps, first_step)
-        _announce(progress, engine, source, samples, held_out_samples)
+        _announce(progress, engine, source, samples, held_out_samples, order)
+        if warning := resolution.context_warning(architecture, source, int(samples.lengths.max())):
+            progress.say(warning)
         writer = _Writer(config, ranks, run, engine, architecture, source, samples)
         if resume:
             # The run may have ended between its last checkpoint and the adapter of it.
@@ -113,7 +116,8 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False, force: bool = F
             if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
                 raise DataError(
                     f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}; checkpoints before it are whole\n"
-                    f"Lower train.learning_rate: {config.train.learning_rate}, or look for bad rows in {', '.join(config.data.train)}")
+                    f"Lower train.learning_rate: {config.train.learning_rate}, or look for bad rows in "
+                    f"{', '.join(config.data.train_paths)}")
             if held_out and (done % config.train.eval_every == 0 or done == steps):
                 evaluation = _evaluate(held_out, engine, run, ranks, progress, done)
             if done == steps or config.train.save_every and done % config.train.save_every == 0:
@@ -168,17 +172,21 @@ def _planned(config: RunConfig, ranks: Ranks, architecture: Architecture, source
     return plan.of_run(config, ranks.world_size, architecture, source, samples, order, device.type, capacity_bytes, held_bytes)
 
 
-def _load_data(config: RunConfig, architecture: Architecture, source: Source) -> tuple[Samples, Samples | None]:
+def _load_data(config: RunConfig, architecture: Architecture, source: Source, device: torch.device) -> tuple[Samples, Samples | None]:
     tokenizer = architecture.tokenizer(source)
-    samples = load_samples(config.data, tokenizer, "train")
+    splits = ("train", "eval") if config.data.eval and config.train.eval_every else ("train",)
+    samples, *held_out = (_load_split(config, tokenizer, split, device) for split in splits)
+    return samples, held_out[0] if held_out else None
+
+
+def _load_split(config: RunConfig, tokenizer, split: Literal["train", "eval"], device: torch.device) -> Samples:
+    samples = load_samples(config.data, tokenizer, split, config.model.cache_dir)
     if not engines.agree(samples.fingerprint()):
-        raise DataError("data.train: the ranks read different samples; give every host the same files")
-    if not (config.data.eval and config.train.eval_every):
-        return samples, None
-    held_out = load_samples(config.data, tokenizer, "eval")
-    if not engines.agree(held_out.fingerprint()):
-        raise DataError("data.eval: the ranks read different samples; give every host the same files")
-    return samples, held_out
+        raise DataError(f"data.{split}: the ranks read different samples; give every host the same files")
+    # A source that any rank had to tokenise was not there before this start.
+    tokenised = engines.total([float(not part.was_cached) for part in samples.parts], device)
+    parts = tuple(replace(part, was_cached=not count) for part, count in zip(samples.parts, tokenised, strict=True))
+    return replace(samples, parts=parts)
 
 
 def _evaluate(held_out: HeldOut | None, engine: Engine, run: RunDirectory, ranks: Ranks, progress: Progress, step: int):
@@ -191,16 +199,25 @@ def _evaluate(held_out: HeldOut | None, engine: Engine, run: RunDirectory, ranks
     return evaluation
 
 
-def _announce(progress: Progress, engine: Engine, source: Source, samples: Samples, held_out: Samples | None) -> None:
+def _announce(progress: Progress, engine: Engine, source: Source, samples: Samples, held_out: Samples | None, order: GlobalOrder) -> None:
     trainable = _trainable_parameters(engine)
     progress.say(f"model {source.origin}: {trainable:,} trainable parameters in {len(engine.trainable)} tensors, {engine.world_size} ranks")
     progress.say(f"train {samples.report}")
+    for part, count in zip(samples.parts, order.epoch_counts):
+        progress.say(f"  {part.name}, weight {part.weight:g}: {count} samples an epoch; {part.report}")
     if held_out:
         progress.say(f"held out {held_out.report}")
+    parts = samples.parts + (held_out.parts if held_out else ())
+    found = [part for part in parts if part.was_cached]
+    if found:
+        progress.say(f"tokenised by an earlier start: {len(found)} of {len(parts)} sources, read from {found[0].cached.parent}")
 
 
-def _provenance(engine: Engine, source: Source, samples: Samples, held_out: Samples | None) -> dict:
+def _provenance(engine: Engine, source: Source, samples: Samples, held_out: Samples | None, order: GlobalOrder) -> dict:
+    counts = order.epoch_counts or [part.count for part in samples.parts]
     return {
+        "sources": [{"name": part.name, "commits": list(part.commits), "weight": part.weight, "samples": part.count,
+                     "samples_per_epoch": count} for part, count in zip(samples.parts, counts, strict=True)],
         "trainable_parameters": _trainable_parameters(engine),
         "data": asdict(samples.report),
         "eval": held_out and asdict(held_out.report),

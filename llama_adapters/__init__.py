@@ -42,10 +42,20 @@ class Llama:
 
         return published.outline(model)
 
+    def without_weights(self, model: ModelConfig) -> Source:
+        from llama_adapters import published
+
+        return published.without_weights(model)
+
     def tokenizer(self, source: Source):
         from llama_adapters import weights
 
         return weights.tokenizer(source)
+
+    def context_length(self, source: Source) -> int:
+        from llama_adapters import weights
+
+        return weights.config_of(source).max_position_embeddings
 
     def build(self, source: Source, dtype: torch.dtype) -> nn.Module:
         from llama_adapters import weights

@@ -43,5 +43,13 @@ def outline(model: ModelConfig) -> Source:
     return _outlined(model, place, CONFIGS[name], name)
 
 
+def without_weights(model: ModelConfig) -> Source:
+    """As `outline`, with a tokenizer: of a model on the hub its config and tokenizer are fetched. Raises CheckpointError."""
+    if Path(model.path).expanduser().exists():
+        return outline(model)
+    directory, _ = weights.download(model, weights.TOKENIZER_FILES)
+    return _outlined(model, directory, checks.read_config(directory).to_dict(), model.path)
+
+
 def _outlined(model: ModelConfig, path: Path, fields: dict, origin: str) -> OutlinedSource:
     return OutlinedSource(path=path, origin=origin, revision=None, fingerprint="", config=LlamaConfig.from_dict(fields))

@@ -22,8 +22,9 @@ from bone_ds.errors import CheckpointError, ConfigError
 from bone_ds.tensor_file import drop_pages
 from llama_adapters import attention, checks
 
-_HUB_FILES = ("config.json", "generation_config.json", "model*.safetensors", checks.INDEX, "tokenizer*", "*.jinja",
-              "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+TOKENIZER_FILES = ("config.json", "tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+"""Of a repository on the hub; with the model's config."""
+_HUB_FILES = (*TOKENIZER_FILES, "generation_config.json", "model*.safetensors", checks.INDEX)
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,7 @@ def tokenizer(source: Source):
 
 def build(source: Source, dtype: torch.dtype) -> nn.Module:
     """A LlamaForCausalLM with unset weights of `dtype` and our attention; called under `Placement.empty()`."""
-    outlined = isinstance(source, OutlinedSource)
-    config = source.config if outlined else LlamaConfig.from_pretrained(source.path)  # `open` has checked it
+    config = config_of(source)
     config.use_cache = False
     config.attention_dropout = 0.0
     config._attn_implementation = attention.NAME
@@ -78,6 +78,10 @@ def build(source: Source, dtype: torch.dtype) -> nn.Module:
         model = LlamaForCausalLM(config)
     model.tie_weights()
     return model
+
+
+def config_of(source: Source) -> LlamaConfig:
+    return source.config if isinstance(source, OutlinedSource) else LlamaConfig.from_pretrained(source.path)  # `open` has checked it
 
 
 def load(model: nn.Module, source: Source, placement: Placement) -> None:
@@ -127,10 +131,11 @@ def _find(model: ModelConfig) -> tuple[Path, str | None]:
         return convert_once(place, model.dtype, Path(model.cache_dir).expanduser()), None
     if place.exists():
         raise CheckpointError(f"{place}: is neither a model directory nor a .gguf file")
-    return _download(model)
+    return download(model, _HUB_FILES)
 
 
-def _download(model: ModelConfig) -> tuple[Path, str]:
+def download(model: ModelConfig, files: tuple[str, ...]) -> tuple[Path, str]:
+    """The directory of these files of a hub id, and their commit. Raises CheckpointError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -140,7 +145,7 @@ def _download(model: ModelConfig) -> tuple[Path, str]:
     except HFValidationError:
         raise CheckpointError(f"{model.path}: there is no such file or directory, and it is no hub id either") from None
     try:
-        directory = Path(snapshot_download(model.path, revision=model.revision, allow_patterns=list(_HUB_FILES)))
+        directory = Path(snapshot_download(model.path, revision=model.revision, allow_patterns=list(files)))
     except Exception as error:  # the hub client raises network, permission and disk errors of many kinds
         reason = checks.one_line(error) or type(error).__name__
         at = f" at revision {model.revision!r}" if model.revision else ""

@@ -40,10 +40,16 @@ class Rwkv:
 
         return published.outline(model)
 
+    def without_weights(self, model: ModelConfig) -> Source:
+        return self.outline(model)
+
     def tokenizer(self, source: Source):
         from rwkv_adapters import tokenizer
 
         return tokenizer.tokenizer(source)
+
+    def context_length(self, source: Source) -> None:
+        return None
 
     def build(self, source: Source, dtype: torch.dtype) -> nn.Module:
         from rwkv_adapters import weights

@@ -6,6 +6,7 @@ The objects answer the calls that the project makes of a Hugging Face tokenizer.
 from __future__ import annotations
 
 import ast
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -55,6 +56,10 @@ class Tokenizer:
                  verbose: bool = False) -> dict[str, list[int] | list[list[int]]]:
         return {"input_ids": self.encode(text) if isinstance(text, str) else [self.encode(one) for one in text]}
 
+    def fingerprint(self) -> str:
+        """Equal for vocabularies that encode alike."""
+        raise NotImplementedError
+
 
 class ByteTokenizer(Tokenizer):
     """A token is a byte of the encoded text.
@@ -74,6 +79,9 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         text = bytes(int(token) for token in ids).decode(self.encoding, errors="replace")
         return text.replace("\0", "") if skip_special_tokens else text
+
+    def fingerprint(self) -> str:
+        return f"bytes of {self.encoding}"
 
 
 class WorldTokenizer(Tokenizer):
@@ -107,6 +115,9 @@ class WorldTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Ids without a token, the end of a document among them, become nothing."""
         return b"".join(self._tokens.get(int(token), b"") for token in ids).decode("utf-8", errors="replace")
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr(sorted(self._tokens.items())).encode()).hexdigest()
 
 
 def read_vocabulary(path: Path) -> dict[int, bytes]:

@@ -108,6 +108,30 @@ def train(ranks, config: dict, resume: str | None = None, checkpoints: str | Non
     return outcome
 
 
+def seen(ranks, config: dict, cache_dir: str | None = None) -> dict:
+    """The units that all ranks together are dealt in the steps of two epochs, sorted; and of which ranks the samples were cached."""
+    import torch.distributed as dist
+
+    from bone_ds import arch
+    from bone_ds.config import validate
+    from bone_ds.data import GlobalOrder, deal, load_samples
+
+    config = validate(config, "case")
+    architecture = arch.resolve(config.model)
+    samples = load_samples(config.data, architecture.tokenizer(architecture.open(config.model)), cache_dir=cache_dir)
+    train, data = config.train, config.data
+    order = GlobalOrder(samples, data.packing, data.max_length, train.global_batch_size, train.seed)
+    mine = []
+    for step in range(order.steps_in_epochs(2)):
+        hands = deal(order.window(step), ranks.rank, ranks.world_size, train.micro_batch_size, train.global_batch_size)
+        mine.append([unit for hand in hands for unit in hand.units])
+    everyones, cached = [None] * ranks.world_size, [None] * ranks.world_size
+    dist.all_gather_object(everyones, mine)
+    dist.all_gather_object(cached, [part.was_cached for part in samples.parts])
+    units = [sorted(unit for rank_units in step for unit in rank_units) for step in zip(*everyones, strict=True)]
+    return {"units": units, "steps_in_an_epoch": order.steps_in_epochs(1), "cached": cached, "fingerprint": samples.fingerprint()}
+
+
 def _recorded(engine) -> dict:
     """Every gradient that the engine is asked for, by name."""
     gradients, gradient_of = {}, engine.gradient

@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
 from bone_ds.config import DataConfig
-from bone_ds.data import build_prompt, read_rows
-from bone_ds.data.sources import read_text
+from bone_ds.data import build_prompt
+from bone_ds.data.rows import read, read_text
 from bone_ds.errors import DataError
 
 GOOD = '{"query": "one", "response": "1"}\n'
@@ -55,20 +53,28 @@ BAD = {
     "Latin-1 in a list": ("a.json", '[\n\n{"query": "ö"}]'.encode("latin-1"), ["a.json:3", "0xf6", "UTF-8"]),
     "UTF-16": ("a.jsonl", GOOD.encode("utf-16"), ["a.jsonl:1", "0xff", "UTF-8"]),
     "a text file": ("a.txt", b"one", ["a.txt", "'.txt'", "data.prompt: text"]),
-    "suffix": ("a.csv", b"query,response\n", ["a.csv", "'.csv'", ".jsonl", ".json"]),
+    "suffix": ("a.xml", b"query,response\n", ["a.xml", "'.xml'", ".jsonl", ".arrow"]),
+    "a header alone": ("a.csv", "query,response\n", ["a.csv", "no row"]),
+    "a comma that is not quoted": ("a.csv", "query,response\none,1\ntwo,2,3\n", ["a.csv:3", "3 values", "2 names"]),
+    "a value that is missing": ("a.csv", 'query,response\n"one\nor",1\n\ntwo\n', ["a.csv:5", "1 values", "2 names"]),
+    "a quote that is never closed": ("a.csv", 'query,response\none,1\n"two,2\n', ["a.csv:3", "not CSV"]),
+    "a column twice": ("a.csv", "query,response,query\none,1,2\n", ["a.csv:1", "'query'", "twice"]),
+    "other columns": ("a.csv", "question,response\none,1\n", ["a.csv:2", "'query'", '"question"', "data.fields"]),
+    "semicolons": ("a.csv", "query;response\none;1\n", ["a.csv:2", "'query'", '"query;response"']),
+    "Latin-1 in CSV": ("a.csv", "query,response\none,1\nö,2\n".encode("latin-1"), ["a.csv:3", "0xf6", "UTF-8"]),
+    "no parquet": ("a.parquet", b"PAR1 and nothing else", ["a.parquet", "no whole .parquet file"]),
+    "no arrow": ("a.arrow", b"ARROW1 and nothing else", ["a.arrow", "no whole .arrow file"]),
+    "no arrow stream": ("a.arrow", b"nothing at all", ["a.arrow", "no whole .arrow file"]),
     "no suffix": ("train", GOOD.encode(), ["train", "''", ".jsonl"]),
 }
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def refusal(*paths, **options):
     prompt = build_prompt(DataConfig(train=tuple(map(str, paths)), **options))
     with pytest.raises(DataError) as caught:
-        read_rows([str(path) for path in paths], prompt.columns, prompt.optional)
+        for path in paths:
+            for place, values in read(path, prompt.read_columns):
+                prompt.values(place, values)
     message = str(caught.value)
     assert len(message.splitlines()) <= 2
     assert max(map(len, message.replace(str(paths[-1].parent), "").splitlines())) < 300
@@ -85,22 +91,39 @@ def test_the_message_names_the_file_the_row_and_the_fault(tmp_path, case):
     assert [part for part in named if part not in message] == []
 
 
-def test_nothing_but_the_error_speaks(tmp_path):
-    """In a process of its own: `datasets` logs to the stderr it found when it was imported."""
-    (tmp_path / "a.jsonl").write_text(GOOD + "{broken\n")
-    program = """
-from bone_ds.data import read_rows
-from bone_ds.errors import DataError
-try:
-    read_rows(["a.jsonl"], {"query": "query"})
-except DataError as error:
-    print(error)
-"""
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("a.jsonl:2: is not JSON") and len(done.stdout.splitlines()) == 1
-    assert done.stderr == ""
+def write_table(path, **columns):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table(columns)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+@pytest.mark.parametrize(("column", "named"), [
+    (["1", None, "3"], "row 2: the field 'response' is null"), ([1, 2, 3], "row 1: the field 'response' is 1, a number"),
+    ([["1"], ["2"], ["3"]], "row 1: the field 'response' is [\"1\"], a list"), ([b"1", b"2", b"3"], "row 1: the field 'response' is")])
+def test_a_wrong_value_in_a_table(tmp_path, suffix, column, named):
+    path = write_table(tmp_path / f"a{suffix}", query=["one", "two", "three"], response=column)
+    assert f"{path}: {named}" in refusal(path)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_table_without_the_column_names_those_it_has(tmp_path, suffix):
+    path = write_table(tmp_path / f"a{suffix}", question=["one"], response=["1"], level=[3])
+    assert all(part in refusal(path) for part in ("row 1", "'query'", '"question", "response", "level"', "data.fields"))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_table_cut_short(tmp_path, suffix):
+    path = write_table(tmp_path / f"a{suffix}", query=["one"] * 5000, response=["1"] * 5000)
+    path.write_bytes(path.read_bytes()[:-len(path.read_bytes()) // 2])
+    assert "no whole" in refusal(path)
 
 
 def test_a_missing_file(tmp_path):
@@ -118,7 +141,7 @@ def test_a_bad_text_file(tmp_path, content, named):
     path = tmp_path / "a.txt"
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
-        read_text(path, "text")
+        read_text(path)
     assert str(path) in str(caught.value) and named in str(caught.value)
 
 
@@ -127,7 +150,7 @@ def test_a_text_file_too_large_for_one_text(tmp_path):
     path.touch()
     os.truncate(path, 2**31)  # without a byte on the disk
     with pytest.raises(DataError, match=r"one document of 2147483648 bytes; make it rows of a \.jsonl"):
-        read_text(path, "text")
+        read_text(path)
 
 
 def test_the_second_file_is_named(tmp_path):

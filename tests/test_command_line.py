@@ -31,7 +31,7 @@ def shell(*arguments: str, directory: Path) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("arguments, code", [
     ([], 2), (["--help"], 0), (["--version"], 0), (["train", "--help"], 0), (["config"], 0), (["config", "absent.yaml"], 2),
     (["train", "absent.yaml"], 2), (["train", "wrong.yaml", "--ranks", "2"], 2), (["merge", "--help"], 0),
-    (["generate", "--help"], 0), (["import", "--help"], 0), (["export", "--help"], 0), (["init", "--help"], 0),
+    (["data", "--help"], 0), (["generate", "--help"], 0), (["import", "--help"], 0), (["export", "--help"], 0), (["init", "--help"], 0),
     (["generate", "model.pth", "--prompt", "a", "--top-p", "0.5"], 2), (["init", "rwkv", *SIZES, "--out", "a.pth", "--seed", "-1"], 2),
 ], ids=str)
 def test_quick_answers_import_nothing_heavy(tmp_path, arguments, code):
@@ -133,8 +133,9 @@ def test_two_ranks_train_and_say_nothing_else(run_directory):
     done = shell("train", "run.yaml", "--ranks", "2", directory=run_directory)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["plan:", "model", "train", "step", "step", "done"], done.stdout
-    assert "step 2/2" in lines[4] and (run_directory / "run/adapter.safetensors").exists()
+    assert [line.split()[0] for line in lines] == ["plan:", "model", "train", "warning:", "step", "step", "done"], done.stdout
+    assert "the longest sample has 158 tokens, the model's context is 64" in lines[3]
+    assert "step 2/2" in lines[5] and (run_directory / "run/adapter.safetensors").exists()
     merged = shell("merge", "run/adapter.safetensors", "--out", "merged", directory=run_directory)
     assert (merged.returncode, merged.stderr) == (0, "")
     assert (run_directory / "merged/model.safetensors").exists()

@@ -17,11 +17,10 @@ lengths_strategy = st.lists(st.integers(2, CAPACITY), min_size=1, max_size=120)
 def samples_of(lengths):
     """Samples whose tokens are their own index, with prompts of about half their length."""
     lengths = np.array(lengths, np.int64)
-    prompts = (lengths // 2).astype(np.int32)
     tokens = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    labels = int((lengths - np.maximum(prompts, 1)).sum())
-    report = Report(len(lengths), len(lengths), 0, 0, 0, len(tokens), labels, int(lengths.max()))
-    return Samples(tokens, np.concatenate([[0], np.cumsum(lengths)]), prompts, 0, report)
+    learnt = np.concatenate([np.arange(length) >= max(1, length // 2) for length in lengths])
+    report = Report(len(lengths), len(lengths), 0, 0, 0, len(tokens), int(learnt.sum()), int(lengths.max()))
+    return Samples(tokens, np.concatenate([[0], np.cumsum(lengths)]), learnt, 0, report)
 
 
 def windows_of_epoch(order, epoch):

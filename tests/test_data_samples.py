@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from bone_ds.config import DataConfig
-from bone_ds.data import build_prompt, collate, load_samples, prompt_ids, read_rows, tokenize
+from bone_ds.data import build_prompt, collate, load_samples, prompt_ids, tokenize
 from bone_ds.errors import ConfigError, DataError
 
 WORDS = ["<unk>", "<s>", "</s>", "Q", "A", ":", *[f"w{number}" for number in range(50)]]
@@ -89,14 +89,14 @@ def test_bos_as_the_tokenizer_does_and_eos_once(tmp_path, adds_bos, adds_eos):
     assert list(samples[0]).count(BOS) == int(adds_bos)
     assert list(samples[0]).count(EOS) == 1 and samples[0][-1] == EOS
     assert EOS in collate(samples, [[0]], "cpu").labels
-    assert prompt_ids("Q : w1 A :", tokenizer) == samples[0][:samples.prompt_lengths[0]].tolist()
+    assert prompt_ids("Q : w1 A :", tokenizer) == samples[0][~samples.learnt_of(0)].tolist()
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_tokens_in_the_users_template_are_not_doubled(tmp_path, adds_bos):
     samples = make(tmp_path, [{"q": "w1", "a": "w2"}], word_tokenizer(adds_bos), template="<s> Q {q}", completion="{a} </s>")
     assert words(samples[0]) == ["<s>", "Q", "w1", "w2", "</s>"]
-    assert samples.prompt_lengths.tolist() == [3]
+    assert samples.learnt.tolist() == [False, False, False, True, True]
 
 
 def test_bos_in_the_completion_of_an_empty_prompt_is_not_doubled(tmp_path):
@@ -312,12 +312,41 @@ def test_instruction_wording_with_and_without_input():
     assert prompt.completion_text(row) == "dog"
 
 
-def test_a_column_given_to_another_field_is_not_read_twice(tmp_path):
-    path = write(tmp_path / "wizard.jsonl", [{"input": "Say hi.", "output": "hi"}])
-    config = DataConfig(train=(path,), prompt="instruction", fields={"instruction": "input"})
-    prompt = build_prompt(config)
-    row = read_rows((path,), prompt.columns, prompt.optional)[0]
+def test_a_column_given_to_another_field_is_not_read_twice():
+    prompt = build_prompt(DataConfig(train=("x",), prompt="instruction", fields={"instruction": "input"}))
+    row = prompt.values("x:1", {"input": "Say hi.", "output": "hi"})
     assert "Input" not in prompt.prompt_text(row) and "Say hi." in prompt.prompt_text(row)
+
+
+def test_wizardlm_wording():
+    prompt = build_prompt(DataConfig(train=("x",), prompt="wizardlm"))
+    row = prompt.values("x:1", {"instruction": "Say hi.", "output": "hi", "input": 3})
+    assert prompt.prompt_text(row) == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nSay hi.\n\n### Response:")
+    assert prompt.completion_text(row) == "hi"
+
+
+CODE = "```python\nprint('```')\n```"
+
+
+@pytest.mark.parametrize(("answer", "learnt"), [
+    (f"Use this:\n\n{CODE}\n\nIt prints.\n\n{CODE}\n", f"Use this:\n\n{CODE}"),
+    (f"{CODE}   \nIt prints.", f"{CODE}   "),
+    ("1. So:\n   ```\n   x\n   ```\n2. Done", "1. So:\n   ```\n   x\n   ```"),
+    ("````md\n```\nx\n```\n````\nDone", "````md\n```\nx\n```\n````"),
+    ("~~~\nx\n```\n~~~\nDone", "~~~\nx\n```\n~~~"),
+    ("```\r\nx\r\n```\r\nDone", "```\r\nx\r\n```\r"),
+    ("```\n```\nDone", "```\n```"),
+    ("no code, but `this` and ```that``` too", "no code, but `this` and ```that``` too"),
+    ("```python\nnever closed", "```python\nnever closed"),
+])
+def test_what_follows_the_first_code_block_is_left_out(answer, learnt):
+    prompt = build_prompt(DataConfig(train=("x",), prompt="code"))
+    assert prompt.completion_text({"query": "q", "answer": answer}) == learnt
+    other = build_prompt(DataConfig(train=("x",), prompt="user_assistant", fields={"response": "answer"}, drop_after_code=True))
+    assert other.completion_text({"query": "q", "answer": answer}) == f" {learnt}"
+    assert build_prompt(DataConfig(train=("x",))).completion_text({"query": "q", "response": answer}) == answer
 
 
 def test_template_with_literal_braces_and_mapped_fields():

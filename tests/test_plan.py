@@ -272,12 +272,18 @@ def test_a_shorter_length_that_changes_nothing_is_not_offered(tiny):
 
 
 def test_cut_samples():
-    samples = Samples(np.zeros(60, np.int32), np.array([0, 10, 40, 60]), np.array([4, 25, 2], np.int32), 0, None)
-    for overlong, lengths, prompts in (("truncate", [10, 20], [4, 2]), ("drop", [10, 20], [4, 2])):
-        cut = workload.cut(samples, config_of("m.pth", data={"max_length": 20, "overlong": overlong}).data)
-        assert cut.lengths.tolist() == lengths and cut.prompt_lengths.tolist() == prompts
+    def samples_with(*prompt_lengths):
+        learnt = np.concatenate([np.arange(length) >= prompt for length, prompt in zip((10, 30, 20), prompt_lengths, strict=True)])
+        return Samples(np.arange(60, dtype=np.int32), np.array([0, 10, 40, 60]), learnt, 0, None)
+
+    for overlong in ("truncate", "drop"):
+        cut = workload.cut(samples_with(4, 25, 2), config_of("m.pth", data={"max_length": 20, "overlong": overlong}).data)
+        assert cut.lengths.tolist() == [10, 20] and cut.label_counts.tolist() == [6, 18]
+        assert cut.tokens.tolist() == [*range(10), *range(40, 60)]
+    cut = workload.cut(samples_with(4, 15, 2), config_of("m.pth", data={"max_length": 20}).data)
+    assert cut.lengths.tolist() == [10, 20, 20] and cut.label_counts.tolist() == [6, 5, 18]
     with pytest.raises(DataError, match="data.max_length: 8 leaves no sample"):
-        workload.cut(replace(samples, prompt_lengths=np.array([9, 25, 12], np.int32)), config_of("m.pth", data={"max_length": 8}).data)
+        workload.cut(samples_with(9, 25, 12), config_of("m.pth", data={"max_length": 8}).data)
 
 
 def test_documents_weigh_where_each_has_a_state():

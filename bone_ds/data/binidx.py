@@ -17,10 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bone_ds.data.sources import check_file
+from bone_ds.data.rows import check_file
 from bone_ds.errors import DataError
 
-SUFFIXES = (".bin", ".idx")
 _MAGIC = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<9sQBQQ")
 _INTEGERS = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}

@@ -18,13 +18,11 @@ def collate(samples: Samples, units: Sequence[Sequence[int]], device: torch.devi
 
     No units: one EOS token and no label, so that an idle rank still runs forward and backward with the others.
     """
-    documents = [samples[index] for unit in units for index in unit]
-    prompt_lengths = [int(samples.prompt_lengths[index]) for unit in units for index in unit]
-    if not documents:
-        documents, prompt_lengths = [np.array([samples.eos_token_id])], [1]
+    indices = [index for unit in units for index in unit]
+    documents = [samples[index] for index in indices] or [np.array([samples.eos_token_id])]
     tokens = np.concatenate(documents).astype(np.int64)
     lengths = tuple(len(document) for document in documents)
-    learnt = _learnt(lengths, prompt_lengths)
+    learnt = np.flatnonzero(np.concatenate([samples.learnt_of(index) for index in indices])) if indices else np.empty(0, np.int64)
     return Batch(
         tokens=torch.from_numpy(tokens).unsqueeze(0).to(device),
         document_lengths=lengths,
@@ -78,11 +76,3 @@ def _between(row: Batch, start: int, end: int) -> Batch:
 def _moved(batch: Batch, device: torch.device | str) -> Batch:
     tensors = {name: getattr(batch, name).to(device) for name in ("tokens", "label_positions", "labels")}
     return replace(batch, **tensors)
-
-
-def _learnt(lengths: Sequence[int], prompt_lengths: Sequence[int]) -> np.ndarray:
-    """(M,) int64: where the loss-bearing tokens stand in the row."""
-    starts = np.cumsum([0, *lengths[:-1]])
-    spans = [np.arange(start + max(1, prompt_length), start + length)
-             for start, length, prompt_length in zip(starts, lengths, prompt_lengths, strict=True)]
-    return np.concatenate(spans).astype(np.int64)

@@ -5,12 +5,14 @@ The plan is global. Ranks only differ in which part of a window they are dealt, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
 from bone_ds.data.packing import pack
-from bone_ds.data.samples import Samples
+from bone_ds.data.samples import Part, Samples
 from bone_ds.errors import ConfigError
 
 Unit = list[int]
@@ -47,9 +49,12 @@ class _Epoch:
 
 
 class GlobalOrder:
-    """The windows of every epoch. Each epoch has every sample once, in an order of its own."""
+    """The windows of every epoch. Each epoch has every sample once, in an order of its own; of a mixture see `_drawn`."""
 
     def __init__(self, samples: Samples, packing: bool, max_length: int, global_batch_size: int, seed: int):
+        """Raises ConfigError where a source's weight is too small for a single sample."""
+        self._parts = samples.parts
+        self.epoch_counts = shares(samples.parts)
         self._lengths, self._label_counts = samples.lengths, samples.label_counts
         self._packing, self._max_length = packing, max_length
         self._global_batch_size, self._seed = global_batch_size, seed
@@ -87,15 +92,52 @@ class GlobalOrder:
 
     def _plan(self, epoch: int) -> _Epoch:
         generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
-        samples = generator.permutation(len(self._lengths))
+        samples = generator.permutation(self._drawn(epoch))
         if not self._packing:
             return _Epoch(epoch, [[index] for index in samples.tolist()])
         packs = pack(self._lengths[samples], self._max_length)
         # shuffled once more: best fit leaves the packs that found no filling at the end
         return _Epoch(epoch, [samples[packs[number]].tolist() for number in generator.permutation(len(packs))])
 
+    def _drawn(self, epoch: int) -> np.ndarray:
+        """The samples of an epoch. Of a mixture, each source goes through its samples again and again, every time in a new order, and an
+        epoch goes on where the one before stopped: after any epoch, how often two samples of a source were seen differs by one at most.
+        """
+        if not self.epoch_counts:
+            return np.arange(len(self._lengths))
+        drawn, first = [], 0
+        for number, (part, count) in enumerate(zip(self._parts, self.epoch_counts, strict=True)):
+            for round_ in range(epoch * count // part.count, -(-(epoch + 1) * count // part.count)):
+                # the last number keeps these apart from an epoch's own
+                shuffled = np.random.Generator(np.random.PCG64([self._seed, number, round_, 1])).permutation(part.count)
+                start, end = (bound - round_ * part.count for bound in (epoch * count, (epoch + 1) * count))
+                drawn.append(first + shuffled[max(0, start):max(0, end)])
+            first += part.count
+        return np.concatenate(drawn)
+
     def _steps(self, epoch: _Epoch) -> int:
         return -(-len(epoch.units) // self._global_batch_size)
+
+
+def shares(parts: Sequence[Part]) -> list[int]:
+    """How many samples of each source an epoch of a mixture has; none where the sources have no weights.
+
+    An epoch has as many as there are in all sources together, shared out by weight: whole numbers first, then one each to the largest
+    remainders. Raises ConfigError for a source that gets none.
+    """
+    if any(part.weight is None for part in parts):
+        return []
+    total, weights = sum(part.count for part in parts), [Fraction(part.weight) for part in parts]
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(parts)), key=lambda number: counts[number] - exact[number])
+    for number in by_remainder[:total - sum(counts)]:
+        counts[number] += 1
+    for part, count in zip(parts, counts, strict=True):
+        if not count:
+            raise ConfigError(f"data.mixture: {part.name}: weight {part.weight} is less than one of the {total} samples of an epoch; "
+                              "raise it, or remove the source")
+    return counts
 
 
 def deal(window: Window, rank: int, world_size: int, micro_batch_size: int, global_batch_size: int) -> list[Hand]:

@@ -6,9 +6,11 @@ import difflib
 import re
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from bone_ds.config import DataConfig
+from bone_ds.data import fields
 from bone_ds.errors import ConfigError
 
 _ALONE = (
@@ -18,6 +20,8 @@ _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
+_CODE_BLOCK = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n]*\n(?:.*?\n)??[ \t]*\1[`~]*[ \t\r]*$", re.MULTILINE | re.DOTALL)
+"""From one fence to the next of its kind, each at the head of a line."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,16 @@ class Prompt:
     template_without_optional: str | None = None
     without_blank_lines: tuple[str, ...] = ()
     """Fields that are stripped and whose runs of line ends become one."""
+    drop_after_code: bool = False
+    """Whether the completion ends with its first fenced code block."""
+
+    @property
+    def read_columns(self) -> tuple[str, ...]:
+        return tuple(self.columns.values())
+
+    def values(self, place: str, row: Mapping[str, Any]) -> dict[str, str]:
+        """column -> text of a row as it was read. Raises DataError naming the place, the field and the value."""
+        return fields.texts(place, row, self.columns, self.optional)
 
     @property
     def prompt_columns(self) -> dict[str, str]:
@@ -48,54 +62,72 @@ class Prompt:
         return template.format_map(values)
 
     def completion_text(self, row: Mapping[str, str | None]) -> str:
-        return self.completion.format_map(self._values(row))
+        text = self.completion.format_map(self._values(row))
+        return _until_code(text) if self.drop_after_code else text
 
     def _values(self, row: Mapping[str, str | None]) -> dict[str, str]:
         values = {field: row.get(column) or "" for field, column in self.columns.items()}
-        return values | {field: _without_blank_lines(values[field]) for field in self.without_blank_lines}
+        return values | {field: without_blank_lines(values[field]) for field in self.without_blank_lines}
 
 
-def _without_blank_lines(text: str) -> str:
+def without_blank_lines(text: str) -> str:
+    """Stripped, runs of line ends made one: a blank line ends a turn for RWKV's World models."""
     return re.sub(r"\n+", "\n", text.replace("\r\n", "\n").strip())
 
 
+def _until_code(text: str) -> str:
+    """Up to the end of the first fenced code block; all of it where there is none, or one that is never closed."""
+    found = _CODE_BLOCK.search(text)
+    return text[:found.end()] if found else text
+
+
 def build_prompt(data: DataConfig) -> Prompt:
-    """The prompt that the config names. Raises ConfigError for a template or a data.fields that can't be used.
+    """The prompt of one row that the config names. Raises ConfigError for a template or a data.fields that can't be used.
 
     user_assistant words a row as "User: {query}\\n\\nAssistant:" and " {response}". A blank line ends a turn for RWKV's World
     models, so the query is stripped and its runs of line ends become one, as BlinkDL's model cards advise ("better replace
     \\n\\n in xxx to \\n") and ChatRWKV's API_DEMO_CHAT.py does; the prompt ends with the colon, the space belongs to the answer,
     which is otherwise learnt as it stands.
-    text has no prompt: the whole row is the completion.
+    text has no prompt: the whole row is the completion. code is CodeFeedback as the paper trains on it, "removing explanations after
+    code blocks": the answer ends with its first fenced block.
     """
+    prompt = _worded(data)
+    return replace(prompt, drop_after_code=True) if data.drop_after_code else prompt
+
+
+def _worded(data: DataConfig) -> Prompt:
     if data.prompt == "metamath":
-        fields = ("query", "response")
-        return Prompt(_ALONE % "query", "{response}", _columns(fields, data.fields))
+        return Prompt(_ALONE % "query", "{response}", columns_of(("query", "response"), data.fields))
+    if data.prompt == "code":
+        return Prompt(_ALONE % "query", "{answer}", columns_of(("query", "answer"), data.fields), drop_after_code=True)
+    if data.prompt == "wizardlm":
+        return Prompt(_ALONE % "instruction", "{output}", columns_of(("instruction", "output"), data.fields))
     if data.prompt == "instruction":
-        columns = _columns(("instruction", "input", "output"), data.fields)
+        columns = columns_of(("instruction", "input", "output"), data.fields)
         if "input" not in data.fields and "input" in data.fields.values():
             del columns["input"]  # the file's column of that name was given to another field
         return Prompt(_WITH_INPUT, "{output}", columns, optional=("input",), template_without_optional=_ALONE % "instruction")
     if data.prompt == "user_assistant":
-        columns = _columns(("query", "response"), data.fields)
+        columns = columns_of(("query", "response"), data.fields)
         return Prompt("User: {query}\n\nAssistant:", " {response}", columns, without_blank_lines=("query",))
     if data.prompt == "text":
-        return Prompt("", "{text}", _columns(("text",), data.fields))
+        return Prompt("", "{text}", columns_of(("text",), data.fields))
     assert data.template is not None and data.completion is not None, "the config checks this"
     learnt = _places("data.completion", data.completion)
     if not learnt:
         raise ConfigError(f"data.completion: {data.completion!r} holds no {{field}}, every row would teach the same text")
-    fields = tuple(dict.fromkeys((*_places("data.template", data.template), *learnt)))
-    return Prompt(data.template, data.completion, _columns(fields, data.fields))
+    names = tuple(dict.fromkeys((*_places("data.template", data.template), *learnt)))
+    return Prompt(data.template, data.completion, columns_of(names, data.fields))
 
 
-def _columns(fields: tuple[str, ...], mapping: Mapping[str, str]) -> dict[str, str]:
+def columns_of(names: tuple[str, ...], mapping: Mapping[str, str]) -> dict[str, str]:
+    """The prompt's fields -> the data's columns. Raises ConfigError for a mapping of a field that the prompt hasn't."""
     for name in mapping:
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
             advice = f", did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"data.fields: the prompt has no field {name!r}, it has {', '.join(fields)}{advice}")
-    return {field: mapping.get(field, field) for field in fields}
+            raise ConfigError(f"data.fields: the prompt has no field {name!r}, it has {', '.join(names)}{advice}")
+    return {name: mapping.get(name, name) for name in names}
 
 
 def _places(origin: str, template: str) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from bone_ds import arch, ds_json, resolution
 from bone_ds.arch import Architecture, Source
 from bone_ds.config import RunConfig
 from bone_ds.data import GlobalOrder, Samples, load_samples
+from bone_ds.data_paths import is_hub_id
 from bone_ds.errors import CheckpointError
 from bone_ds.plan import changes, memory, process, trace, workload, zero
 from bone_ds.plan.report import Change, Flops, Plan, Workload
@@ -109,13 +110,17 @@ def _samples(config: RunConfig, architecture: Architecture, source: Source) -> t
 
     Raises CheckpointError where the model is there and its tokenizer isn't, and for one that the config names.
     """
-    missing = next((path for path in config.data.train if not Path(path).expanduser().exists()), None)
+    paths = config.data.train_paths
+    missing = next((path for path in paths if not Path(path).expanduser().exists() and not is_hub_id(path)), None)
     if missing is not None:
-        return None, [f"data.train: {missing} is not there; planned for full packs of data.max_length: {config.data.max_length}"]
+        field = "train" if config.data.train else "mixture"
+        return None, [f"data.{field}: {missing} is not there; planned for full packs of data.max_length: {config.data.max_length}"]
     try:
         tokenizer = architecture.tokenizer(source)
     except CheckpointError as error:
         if source.fingerprint or config.model.tokenizer != "auto":
             raise
         return None, [f"no tokenizer: {error}; planned for full packs of data.max_length: {config.data.max_length}"]
-    return load_samples(config.data, tokenizer, "train"), []
+    samples = load_samples(config.data, tokenizer, "train", config.model.cache_dir)
+    warning = resolution.context_warning(architecture, source, int(samples.lengths.max()))
+    return samples, [warning.removeprefix("warning: ")] if warning else []

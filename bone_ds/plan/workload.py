@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
 from bone_ds.config import DataConfig, RunConfig
-from bone_ds.data import GlobalOrder, Samples, collate_chunks, deal
+from bone_ds.data import GlobalOrder, Part, Samples, collate_chunks, deal
 from bone_ds.data.order import Unit, Window
 from bone_ds.errors import DataError
 from bone_ds.plan.report import Workload
@@ -71,16 +72,26 @@ def assumed(config: RunConfig) -> tuple[Workload, Heaviest]:
 
 
 def cut(samples: Samples, data: DataConfig) -> Samples:
-    """The samples as a smaller data.max_length leaves them, by their lengths; the tokens are not touched.
+    """The samples as a smaller data.max_length leaves them.
 
     Pieces of a split document count as its first alone. Raises DataError where none is left.
     """
-    lengths = np.minimum(samples.lengths, data.max_length)
-    kept = samples.lengths <= data.max_length if data.overlong == "drop" else lengths > np.maximum(samples.prompt_lengths, 1)
+    places = np.arange(len(samples.tokens)) - np.repeat(samples.offsets[:-1], samples.lengths)
+    remains = places < data.max_length
+    learnt = samples.learnt & remains
+    kept = samples.lengths <= data.max_length if data.overlong == "drop" else replace(samples, learnt=learnt).label_counts > 0
     if not kept.any():
         raise DataError(f"data.max_length: {data.max_length} leaves no sample")
-    offsets = np.concatenate([[0], np.cumsum(lengths[kept])])
-    return replace(samples, offsets=offsets, prompt_lengths=samples.prompt_lengths[kept])
+    chosen = remains & np.repeat(kept, samples.lengths)
+    offsets = np.concatenate([[0], np.cumsum(np.minimum(samples.lengths, data.max_length)[kept])])
+    return replace(samples, tokens=samples.tokens[chosen], learnt=samples.learnt[chosen], offsets=offsets, parts=_parts_of(samples, kept))
+
+
+def _parts_of(samples: Samples, kept: np.ndarray) -> tuple[Part, ...]:
+    """With as many samples as are kept of each; a source of which none is kept is left out."""
+    ends = np.cumsum([0, *(part.count for part in samples.parts)])
+    counts = [int(kept[start:end].sum()) for start, end in pairwise(ends)]
+    return tuple(replace(part, count=count) for part, count in zip(samples.parts, counts, strict=True) if count)
 
 
 def described(shape: Shape) -> dict[str, int]:

@@ -88,7 +88,7 @@ class _Run:
         resolution.check(config, architecture)
         source = architecture.open(config.model)
         self.config = resolution.resolve(config, architecture, source)
-        self.samples = load_samples(config.data, architecture.tokenizer(source))
+        self.samples = load_samples(config.data, architecture.tokenizer(source), cache_dir=config.model.cache_dir)
         self.order = GlobalOrder(
             self.samples, config.data.packing, config.data.max_length, config.train.global_batch_size, config.train.seed)
         self.steps = config.train.steps or self.order.steps_in_epochs(config.train.epochs or 1)

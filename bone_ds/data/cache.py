@@ -1,0 +1,108 @@
+"""Tokenised sources on disk: found by what they were made of, made once per host, never seen half.
+
+`CACHE/tokens/KEY/` holds `tokens.npy`, `offsets.npy` and `learnt.npy`, which are mapped into memory, so that the ranks of a host share
+them, and `manifest.json`. KEY hashes everything that decides what is in it: the files' content (the commit, for the hub), the
+tokenizer, the prompt, lengths and limits, and the code itself.
+
+The ranks of a host come at once. The one that takes the lock first builds aside and renames; the others wait for the lock and
+find it done. The system frees the lock of a rank that dies, and the next one builds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from bone_ds.config import DataConfig
+from bone_ds.data import sources
+from bone_ds.data.chat import ChatPrompt
+from bone_ds.data.prompts import Prompt
+from bone_ds.data.samples import Report, Samples
+from bone_ds.data.sources import Located
+from bone_ds.data_paths import CORPUS_SUFFIXES
+
+SMALLEST_BYTES = 2**20
+"""Files of less are tokenised in about a second, at every start."""
+_ARRAYS = ("tokens", "offsets", "learnt")
+_MANIFEST = "manifest.json"
+
+
+def place_of(directory: Path, located: Sequence[Located], prompt: Prompt | ChatPrompt, tokenizer, data: DataConfig,
+             limit: int | None) -> Path | None:
+    """Where these samples are or would be kept; None for those that aren't: small files, tokens already, an unknown tokenizer."""
+    sizes_bytes = [sources.size_bytes(one) for one in located]
+    are_tokens = any(path.suffix in CORPUS_SUFFIXES for one in located for path in one.files)
+    of_tokenizer = _tokenizer_fingerprint(tokenizer)
+    if are_tokens or of_tokenizer is None or (None not in sizes_bytes and sum(sizes_bytes) < SMALLEST_BYTES):
+        return None
+    made_of = {
+        "sources": [sources.fingerprint(one) for one in located], "tokenizer": of_tokenizer, "prompt": repr(prompt), "limit": limit,
+        "max_length": data.max_length, "overlong": data.overlong, "code": _code_fingerprint(),
+        "versions": {name: version(name) for name in ("transformers", "tokenizers", "jinja2")}}
+    return directory / "tokens" / hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def read_or_build(place: Path, build: Callable[[], Samples]) -> tuple[Samples, bool]:
+    """The samples that are kept at `place`, and whether they were there already. Raises OSError where they can't be kept."""
+    from filelock import FileLock
+
+    if (kept := _read(place)) is not None:
+        return kept, True
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.with_name(f"{place.name}.lock")):
+        if (kept := _read(place)) is not None:  # by another rank, meanwhile
+            return kept, True
+        samples = build()
+        _write(place, samples)
+    return samples, False
+
+
+def _read(place: Path) -> Samples | None:
+    """None where there is nothing, or what is there is damaged."""
+    try:
+        manifest = json.loads((place / _MANIFEST).read_text(encoding="utf-8"))
+        arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
+        whole = {name: list(array.shape) for name, array in arrays.items()} == manifest["shapes"]
+        return Samples(**arrays, eos_token_id=manifest["eos_token_id"], report=Report(**manifest["report"])) if whole else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(place: Path, samples: Samples) -> None:
+    aside = place.with_name(f"{place.name}.partial")
+    for left_over in (aside, place):  # of a process that was killed; damaged
+        shutil.rmtree(left_over, ignore_errors=True)
+    aside.mkdir()
+    arrays = {name: getattr(samples, name) for name in _ARRAYS}
+    for name, array in arrays.items():
+        np.save(aside / f"{name}.npy", array, allow_pickle=False)
+    manifest = {"eos_token_id": samples.eos_token_id, "report": asdict(samples.report),
+                "shapes": {name: list(array.shape) for name, array in arrays.items()}}
+    (aside / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    aside.rename(place)
+
+
+def _tokenizer_fingerprint(tokenizer) -> str | None:
+    """Of all that decides which tokens a text becomes; None for a tokenizer that doesn't say it."""
+    if hasattr(tokenizer, "fingerprint"):
+        return tokenizer.fingerprint()
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        return None
+    parts = (tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template,
+             tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer("a")["input_ids"])
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _code_fingerprint() -> str:
+    """Of this package, which may word or cut otherwise in another version."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

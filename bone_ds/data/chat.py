@@ -1,0 +1,176 @@
+"""Conversations to tokens: every turn of the assistant is learnt, everything else is not.
+
+Through a chat template, which is a program: which tokens are whose is found by rendering. For the assistant's turn number i the
+turns before it are rendered with the generation prompt, and the turns up to it without; what the second has more than the first is
+the turn. That holds only where each rendering is the beginning of the next, in tokens: a conversation for which it isn't is refused,
+since the model would be asked to continue something else than it learnt.
+
+A tokenizer without templates, RWKV's, words turns as `user_assistant` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bone_ds.config import DataConfig
+from bone_ds.data import fields
+from bone_ds.data.fields import Turn
+from bone_ds.data.prompts import columns_of, without_blank_lines
+from bone_ds.errors import ConfigError, DataError
+
+Encoded = tuple[np.ndarray, np.ndarray]
+"""A sample's tokens (length,) int32, and which of them are learnt (length,) bool."""
+
+_NAMES = {"user": "User", "assistant": "Assistant", "system": "System"}
+_SHOWN_CHARACTERS = 30
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """How conversations are read and rendered."""
+
+    columns: tuple[str, ...]
+    """Where a row may hold its conversation; the first that is there counts."""
+    template: str | None
+    """In place of the tokenizer's own."""
+
+    @property
+    def read_columns(self) -> tuple[str, ...]:
+        return self.columns
+
+    def values(self, place: str, row: Mapping[str, Any]) -> list[Turn]:
+        column = next((column for column in self.columns if row.get(column) is not None), self.columns[0])
+        return fields.turns(place, row, column)
+
+
+def build_chat_prompt(data: DataConfig) -> ChatPrompt:
+    """Raises ConfigError for a data.fields or a data.chat_template that can't be used."""
+    columns = (columns_of(("messages",), data.fields)["messages"],) if data.fields else ("messages", "conversations")
+    return ChatPrompt(columns, data.chat_template and _template(data.chat_template))
+
+
+def _template(given: str) -> str:
+    """A template, or the content of a .jinja file."""
+    if not given.endswith(".jinja"):
+        return given
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"data.chat_template: {given}: can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"data.chat_template: {given}: is no UTF-8 text (byte {error.start})") from None
+
+
+def encode(prompt: ChatPrompt, tokenizer, rows: Sequence[tuple[str, list[Turn]]]) -> list[Encoded]:
+    """Each conversation up to the assistant's last turn; one without such a turn has nothing to learn. rows: places and turns.
+
+    Raises DataError naming the row and the turn where what is learnt can't be told, and where the tokenizer has no template.
+    """
+    if not hasattr(tokenizer, "apply_chat_template"):
+        if prompt.template is not None:
+            raise ConfigError("data.chat_template: this tokenizer knows no templates, turns are worded User: and Assistant:; remove it")
+        return [_as_user_assistant(place, turns, tokenizer) for place, turns in rows]
+    if prompt.template is None and not tokenizer.chat_template:
+        raise DataError("data.prompt: chat: the tokenizer has no chat template; give one with data.chat_template")
+
+    def render(turns: Sequence[Turn], asks: bool) -> str:
+        messages = [turn._asdict() for turn in turns]
+        return tokenizer.apply_chat_template(messages, chat_template=prompt.template, add_generation_prompt=asks, tokenize=False)
+
+    endings = {tokenizer.eos_token_id, *tokenizer.get_added_vocab().values()}
+    rendered = [_rendered(place, turns, render) for place, turns in rows]
+    texts = [text for one in rendered for text in one]
+    ids = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"] if texts else [])
+    return [_encoded(place, turns, one, list(islice(ids, len(one))), tokenizer, endings)
+            for (place, turns), one in zip(rows, rendered, strict=True)]
+
+
+def _answers(turns: Sequence[Turn]) -> list[int]:
+    """The places of the assistant's turns."""
+    return [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+
+
+def _rendered(place: str, turns: list[Turn], render: Callable[[Sequence[Turn], bool], str]) -> list[str]:
+    """For every turn of the assistant, the conversation before it and the conversation with it."""
+    import jinja2
+
+    answers = _answers(turns)
+    if answers[:1] == [0]:
+        raise DataError(f"{place}: turn 1 is the assistant's: nothing before it asks for it; remove that turn, or the row")
+    try:
+        return [text for index in answers for text in (render(turns[:index], True), render(turns[:index + 1], False))]
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(f"data.chat_template: line {error.lineno}: {error.message}") from None
+    except Exception as error:  # a template raises what it likes
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:160]
+        raise DataError(f"{place}: the chat template refuses it: {reason}") from None
+
+
+def _encoded(place: str, turns: list[Turn], texts: list[str], ids: list[list[int]], tokenizer, endings: set[int]) -> Encoded:
+    """texts: as `_rendered` gives them; ids: their tokens."""
+    if not texts:
+        return _NOTHING
+    for number in range(1, len(ids)):
+        if ids[number][:len(ids[number - 1])] != ids[number - 1]:
+            raise DataError(_unsafe(place, _answers(turns)[number // 2] + 1, *texts[number - 1:number + 1]))
+    tokens = ids[-1] if _end(ids[-1], endings, tokenizer)[1] else [*ids[-1], tokenizer.eos_token_id]
+    learnt = np.zeros(len(tokens), bool)
+    for before, after in zip(ids[::2], ids[1::2], strict=True):
+        learnt[len(before):_end(after, endings, tokenizer)[0]] = True
+    learnt[len(ids[-1]):] = True  # EOS, where the template has no end of its own
+    return np.array(tokens, np.int32), learnt
+
+
+def _end(ids: list[int], endings: set[int], tokenizer) -> tuple[int, bool]:
+    """Where the last turn ends, and whether a token of its own says so.
+
+    What stands behind that token is white space between turns: a model that has said it is not asked to go on.
+    """
+    for end in range(len(ids), 0, -1):
+        if ids[end - 1] in endings:
+            return end, True
+        if tokenizer.decode(ids[end - 1:end]).strip():
+            break
+    return len(ids), False
+
+
+def _unsafe(place: str, turn: int, before: str, after: str) -> str:
+    """Why the second rendering doesn't begin with the first."""
+    advice = "what would bear loss can't be told; give a template with data.chat_template"
+    if after.startswith(before):
+        return f"{place}: turn {turn}: the chat template leaves no border of tokens after {before[-_SHOWN_CHARACTERS:]!r}; {advice}"
+    start = next((at for at, pair in enumerate(zip(before, after)) if pair[0] != pair[1]), min(len(before), len(after)))
+    was, now = (text[start:start + _SHOWN_CHARACTERS] for text in (before, after))
+    return (f"{place}: turn {turn}: the chat template renders what comes before otherwise once it is there: {was!r} becomes {now!r}; "
+            f"{advice}")
+
+
+def _as_user_assistant(place: str, turns: list[Turn], tokenizer) -> Encoded:
+    """A turn ends with a blank line, the last one with EOS. Pieces are tokenised apart, as in generation."""
+    answers = _answers(turns)
+    if not answers:
+        return _NOTHING
+    pieces = [""]  # not learnt and learnt, by turns
+    for number, (role, content) in enumerate(turns[:answers[-1] + 1], 1):
+        if role not in _NAMES:
+            raise DataError(f"{place}: turn {number}: the role {role!r} has no place in User: and Assistant: turns; remove the row")
+        if role == "assistant":
+            pieces[-1] += "Assistant:"
+            pieces += [f" {content}\n\n", ""]
+        else:
+            pieces[-1] += f"{_NAMES[role]}: {without_blank_lines(content)}\n\n"
+    pieces = pieces[:-1]
+    pieces[-1] = pieces[-1].removesuffix("\n\n")
+    ids = tokenizer(pieces)["input_ids"]
+    ids[-1] = [*ids[-1], tokenizer.eos_token_id]
+    learnt = np.concatenate([np.full(len(part), bool(number % 2)) for number, part in enumerate(ids)])
+    return np.array([token for part in ids for token in part], np.int32), learnt
+
+
+_NOTHING: Encoded = (np.empty(0, np.int32), np.empty(0, bool))
