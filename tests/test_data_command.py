@@ -44,7 +44,7 @@ def test_what_is_shown(run, capsys):
     assert "train: rows.jsonl" in lines and "eval: held.jsonl" in lines
     assert "  4 samples of 6 rows: 1 truncated, 0 dropped as too long, 2 left out without a token to learn" in lines
     start = lines.index("  sample 1: 6 tokens, 2 bear loss, ends with EOS")
-    assert lines[start:start + 3] == ["  sample 1: 6 tokens, 2 bear loss, ends with EOS", "  | o n e =", "  > 1 </s>"]
+    assert lines[start:start + 3] == ["  sample 1: 6 tokens, 2 bear loss, ends with EOS", "  | o n e =", "  >  1 </s>"]
     assert "  sample 3: 32 tokens, 27 bear loss, cut at 32" in lines
     packs = re.compile(r"an epoch: 4 samples in \d packs of 32 tokens, \d+\.\d% filled, \d\.\d samples a pack")
     assert any(map(packs.fullmatch, lines))
@@ -54,7 +54,7 @@ def test_colour_is_not_needed_to_tell_what_is_learnt(run, capsys):
     plain, coloured = shown(capsys), shown(capsys, "--colour", "always")
     assert "\x1b" not in plain and "\x1b[" in coloured
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == plain
-    assert re.search(r"^  > 1 </s>$", plain, re.MULTILINE)
+    assert re.search(r"^  >  1 </s>$", plain, re.MULTILINE)
 
 
 def test_data_does_not_steer_the_terminal(run, capsys):
