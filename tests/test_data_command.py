@@ -43,8 +43,8 @@ def test_what_is_shown(run, capsys):
     lines = shown(capsys, "--samples", "3").splitlines()
     assert "train: rows.jsonl" in lines and "eval: held.jsonl" in lines
     assert "  4 samples of 6 rows: 1 truncated, 0 dropped as too long, 2 left out without a token to learn" in lines
-    start = lines.index("  sample 1: 6 tokens, 2 bear loss, ends with EOS")
-    assert lines[start:start + 3] == ["  sample 1: 6 tokens, 2 bear loss, ends with EOS", "  | o n e =", "  >  1 </s>"]
+    start = lines.index("  sample 1: 6 tokens, 2 bear loss, EOS last")
+    assert lines[start:start + 3] == ["  sample 1: 6 tokens, 2 bear loss, EOS last", "  | o n e =", "  >  1 </s>"]
     assert "  sample 3: 32 tokens, 27 bear loss, cut at 32" in lines
     packs = re.compile(r"an epoch: 4 samples in \d packs of 32 tokens, \d+\.\d% filled, \d\.\d samples a pack")
     assert any(map(packs.fullmatch, lines))
@@ -125,4 +125,4 @@ def test_an_rwkv_model_and_its_end_of_text(tmp_path, monkeypatch, capsys):
                                        "data: {train: rows.jsonl, prompt: user_assistant, fields: {query: q, response: a}}\n")
     capsys.readouterr()
     text = shown(capsys)
-    assert re.search(r"^  \| User: \w+\n  \| \n  \| Assistant:\n  >  \w+\\x00$", text, re.MULTILINE), text
+    assert re.search(r"^  \| User: \w+\n  \|\n  \| Assistant:\n  >  \w+\\x00$", text, re.MULTILINE), text

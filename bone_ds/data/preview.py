@@ -34,6 +34,7 @@ class SamplePreview:
     tokens: int
     label_tokens: int
     ends_with_eos: bool
+    """Whether the last token that bears loss is EOS; a chat template may put white space after it."""
     segments: tuple[Segment, ...]
     """Their texts joined are the sample's text, special tokens included."""
 
@@ -113,8 +114,8 @@ def _sources(split: str, samples: Samples, tokenizer, count: int) -> Iterator[So
 
 
 def _sample(samples: Samples, index: int, number: int, tokenizer) -> SamplePreview:
-    ids = samples[index]
-    return SamplePreview(number, len(ids), samples.label_count(index), bool(ids[-1] == samples.eos_token_id),
+    learnt = samples[index][samples.learnt_of(index)]
+    return SamplePreview(number, int(samples.lengths[index]), len(learnt), bool(learnt[-1] == samples.eos_token_id),
                          segments(samples, index, tokenizer))
 
 
@@ -163,9 +164,9 @@ def _source_lines(source: SourcePreview, max_length: int, colour: bool) -> Itera
     yield "  tokens of a sample"
     most = max(count for *_, count in source.histogram)
     for first, last, count in source.histogram:
-        yield f"  {first:>7,} - {last:>6,} {count:>9,}  {'█' * round(_BAR_WIDTH * count / most)}"
+        yield f"  {first:>7,} - {last:>6,} {count:>9,}  {'█' * round(_BAR_WIDTH * count / most)}".rstrip()
     for sample in source.samples:
-        end = "ends with EOS" if sample.ends_with_eos else f"cut at {max_length:,}" if sample.tokens == max_length else "ends without EOS"
+        end = "EOS last" if sample.ends_with_eos else f"cut at {max_length:,}" if sample.tokens == max_length else "without EOS"
         yield ""
         yield f"  sample {sample.number:,}: {sample.tokens:,} tokens, {sample.label_tokens:,} bear loss, {end}"
         for segment in sample.segments:
@@ -176,7 +177,7 @@ def _segment_lines(segment: Segment, colour: bool) -> Iterator[str]:
     mark = _LEARNT_MARK if segment.learnt else _MASKED_MARK
     before, after = ((_LEARNT_COLOUR if segment.learnt else _MASKED_COLOUR), _PLAIN) if colour else ("", "")
     for line in segment.text.removesuffix("\n").split("\n"):
-        yield f"  {mark} {before}{printable(line)}{after}"
+        yield f"  {mark} {before}{printable(line)}{after}".rstrip(" ")
 
 
 def _epoch_lines(epoch: EpochPreview, max_length: int) -> Iterator[str]:
