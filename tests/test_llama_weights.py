@@ -14,6 +14,7 @@ from tiny_llama import WholeOnCpu, built_and_loaded, logits, opened, save_tiny, 
 from transformers import LlamaForCausalLM
 
 from bone_ds.arch import Architecture
+from bone_ds.config import ModelConfig
 from bone_ds.errors import CheckpointError
 from llama_adapters import ARCHITECTURE, attention, gguf_conversion, weights
 
@@ -122,6 +123,23 @@ def test_a_hub_id_is_recorded_with_its_commit(tmp_path, monkeypatch):
     assert (source.origin, source.revision, source.path) == ("someone/some-llama", "0123abcd", snapshot)
     assert asked["repo"] == "someone/some-llama" and asked["revision"] == "main"
     assert not any("bin" in pattern or pattern.endswith(".py") for pattern in asked["allow_patterns"])
+
+
+def test_without_weights_nothing_of_them_is_fetched(tmp_path, monkeypatch):
+    save_tiny(tmp_path / "commit", max_position_embeddings=48)
+    (tmp_path / "commit/model.safetensors").unlink()
+    asked = []
+
+    def download(name, **options):
+        asked.append((name, options))
+        return str(tmp_path / "commit")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    source = ARCHITECTURE.without_weights(ModelConfig(path="someone/some-llama", revision="main"))
+    assert ARCHITECTURE.tokenizer(source)("ab")["input_ids"] and ARCHITECTURE.context_length(source) == 48
+    ((name, options),) = asked
+    assert name == "someone/some-llama" and options["revision"] == "main"
+    assert not [pattern for pattern in options["allow_patterns"] if "safetensors" in pattern]
 
 
 def test_recognises(tmp_path):
