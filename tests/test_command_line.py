@@ -145,7 +145,7 @@ def test_another_grouping_and_form_train_and_merge(run_directory, model):
     done = shell("train", "run.yaml", "--ranks", "1", "adapter.grouping=free", "adapter.groups=2", "adapter.form=hadamard",
                  directory=run_directory)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "step 2/2" in done.stdout.splitlines()[4]
+    assert any(line.startswith("step 2/2") for line in done.stdout.splitlines())
     assert main(["merge", str(run_directory / "run/adapter.safetensors"), "--out", str(run_directory / "merged")]) == 0
     base, merged = (load_file(path / "model.safetensors") for path in (model / "whole", run_directory / "merged"))
     bones = load_file(run_directory / "run/adapter.safetensors")
