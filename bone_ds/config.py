@@ -137,21 +137,22 @@ class DataConfig(Section):
     drop_after_code: bool = Field(
         False, description="Leave out what follows the completion's first fenced code block; prompt: code always does.")
     max_length: int = Field(512, ge=8, description="Longest sample, and the size of a pack, in tokens.")
-    overlong: Literal["truncate", "drop", "split"] = Field(
-        "truncate",
-        description="What happens to a longer sample; each is counted and reported. split (default for prompt: text): cut into samples.")
+    overlong: Literal["truncate", "drop", "split"] | None = Field(
+        None, description="What happens to a longer sample; each is counted and reported. split: cut into samples, for prompt: text, "
+                          "where it is the default; else that is truncate.")
     packing: bool = Field(True, description="Fill packs of max_length tokens with whole samples; samples never see each other.")
     cache: bool = Field(True, description="Keep tokenised data of 1 MiB and more under model.cache_dir, for the next start.")
 
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, tree: Any) -> Any:
-        """No train beside a mixture; the default of overlong for prompt: text, of which a file may be one long document."""
-        if not isinstance(tree, dict):
-            return tree
-        if tree.get("mixture"):
-            tree = {"train": ()} | tree
-        return {"overlong": "split"} | tree if tree.get("prompt") == "text" else tree
+        """No train beside a mixture."""
+        return {"train": ()} | tree if isinstance(tree, dict) and tree.get("mixture") else tree
+
+    @property
+    def overlong_rule(self) -> Literal["truncate", "drop", "split"]:
+        """overlong, or its default: a file of text may be one long document."""
+        return self.overlong or ("split" if self.prompt == "text" else "truncate")
 
     @property
     def train_paths(self) -> tuple[str, ...]:
@@ -163,11 +164,8 @@ class DataConfig(Section):
         worded = {field: getattr(source, field) for field in _WORDED_BY if getattr(source, field) is not None}
         if source.prompt is not None:
             worded = {field: DataConfig.model_fields[field].default for field in _WORDED_BY} | worded
-        whole = (worded.get("prompt") or self.prompt) == "text"
-        if whole and "overlong" not in self.model_fields_set:
-            worded["overlong"] = "split"
-        elif not whole and self.overlong == "split":
-            worded["overlong"] = "truncate"
+        if self.overlong == "split" and worded.get("prompt", self.prompt) != "text":
+            worded["overlong"] = None
         return self.model_copy(update=worded | {
             "train": (source.path,), "mixture": (), "train_samples": source.samples, "subset": source.subset or self.subset,
             "train_split": source.split or self.train_split, "revision": source.revision or self.revision})

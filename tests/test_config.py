@@ -35,7 +35,7 @@ def test_defaults(smallest):
     ([], "truncate"), (["data.prompt=text"], "split"), (["data.prompt=text", "data.overlong=drop"], "drop")])
 def test_long_texts_are_split_unless_the_config_says_otherwise(smallest, overrides, overlong):
     config = load_config(smallest, overrides)
-    assert config.data.overlong == overlong
+    assert config.data.overlong_rule == overlong
     smallest.write_text(dump_yaml(config))
     assert load_config(smallest) == config
 

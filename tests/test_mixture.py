@@ -143,7 +143,7 @@ def test_what_an_entry_leaves_out_is_the_sections():
     one, two, three, four = map(data.of_source, data.mixture)
     assert (one.train, one.template, one.fields, one.subset, one.train_split) == (("a",), "{q}=", {"q": "question"}, "main", "train")
     assert (two.prompt, two.template, two.completion, two.fields, two.subset) == ("chat", None, None, {}, "other")
-    assert (three.prompt, three.overlong, three.train_split) == ("text", "split", "test") and one.overlong == "truncate"
+    assert (three.prompt, three.overlong_rule, three.train_split) == ("text", "split", "test") and one.overlong_rule == "truncate"
     assert (four.prompt, four.template, four.completion, four.fields) == ("template", "{q}:", "{a}", {"q": "question"})
 
 
@@ -156,6 +156,24 @@ def test_a_mixture_in_yaml(tmp_path):
         ("a.jsonl", 1.0, None), ("b.jsonl", 2, {"query": "q"})]
     path.write_text(dump_yaml(config))
     assert load_config(path) == config
+
+
+@pytest.mark.parametrize("overlong", [None, "drop", "split"])
+def test_a_mixture_cuts_alike_after_it_was_written(tmp_path, overlong):
+    given = {"prompt": "text", "mixture": ["a.txt", {"path": "b.jsonl", "prompt": "metamath"}]} | ({"overlong": overlong} if overlong else {})
+    config = validate({"model": {"path": "m"}, "output": {"directory": "run"}, "data": given}, "case")
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_yaml(config))
+    first, second = ([data.of_source(source).overlong_rule for source in data.mixture] for data in (config.data, load_config(path).data))
+    assert first == second == {None: ["split", "truncate"], "drop": ["drop", "drop"], "split": ["split", "truncate"]}[overlong]
+
+
+def test_text_beside_rows_is_split_after_it_was_written(tmp_path):
+    given = {"mixture": [{"path": "a.txt", "prompt": "text"}, "b.jsonl"]}
+    config = validate({"model": {"path": "m"}, "output": {"directory": "run"}, "data": given}, "case")
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_yaml(config))
+    assert [load_config(path).data.of_source(source).overlong_rule for source in config.data.mixture] == ["split", "truncate"]
 
 
 def test_two_ranks_train_on_a_mixture_as_one_does(mixture, model, tmp_path):

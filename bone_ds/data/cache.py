@@ -44,7 +44,7 @@ def place_of(directory: Path, located: Sequence[Located], prompt: Prompt | ChatP
         return None
     made_of = {
         "sources": [sources.fingerprint(one) for one in located], "tokenizer": of_tokenizer, "prompt": repr(prompt), "limit": limit,
-        "max_length": data.max_length, "overlong": data.overlong, "code": _code_fingerprint(),
+        "max_length": data.max_length, "overlong": data.overlong_rule, "code": _code_fingerprint(),
         "versions": {name: version(name) for name in ("transformers", "tokenizers", "jinja2")}}
     return directory / "tokens" / hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -40,7 +40,7 @@ def read(located: Sequence[Located], prompt: Prompt | ChatPrompt, tokenizer, dat
     Prompt and completion are tokenised apart: the split between them is exact and the same as in generation. BOS comes first where
     the tokenizer itself puts it; EOS ends the completion and is learnt. Neither is doubled where the text brings its own.
     """
-    store = Store(data.max_length, data.overlong)
+    store = Store(data.max_length, data.overlong_rule)
     feeds = [feed for one in located for feed in _feeds(one, prompt, data)]
     for feed in feeds:
         room = None if limit is None else limit - store.rows
@@ -56,7 +56,7 @@ def read(located: Sequence[Located], prompt: Prompt | ChatPrompt, tokenizer, dat
 def tokenize(table: Iterable[Mapping[str, Any]], prompt: Prompt | ChatPrompt, tokenizer, data: DataConfig,
              origin: str = "the data") -> Samples:
     """Rows from anywhere, as `read` does those of files; a row's place is `origin: row n`."""
-    store = Store(data.max_length, data.overlong)
+    store = Store(data.max_length, data.overlong_rule)
     _add_rows(store, ((f"{origin}: row {number}", row) for number, row in enumerate(table, 1)), prompt, tokenizer)
     return _not_empty(store.samples(eos_of(tokenizer)), origin, data)
 

@@ -79,7 +79,7 @@ def cut(samples: Samples, data: DataConfig) -> Samples:
     places = np.arange(len(samples.tokens)) - np.repeat(samples.offsets[:-1], samples.lengths)
     remains = places < data.max_length
     learnt = samples.learnt & remains
-    kept = samples.lengths <= data.max_length if data.overlong == "drop" else replace(samples, learnt=learnt).label_counts > 0
+    kept = samples.lengths <= data.max_length if data.overlong_rule == "drop" else replace(samples, learnt=learnt).label_counts > 0
     if not kept.any():
         raise DataError(f"data.max_length: {data.max_length} leaves no sample")
     chosen = remains & np.repeat(kept, samples.lengths)
