@@ -124,6 +124,35 @@ def test_a_template_without_an_end_gets_eos():
     assert learnt_texts(samples, 0, tokenizer) == ["assistant:cab\n", "assistant:ef\n gh\n</s>"]
 
 
+def test_an_added_token_of_the_answer_is_no_end():
+    """SmolLM2's end, in a template that does not end turns with it: the answer brings it, and EOS follows."""
+    tokenizer = tokenizer_of(PLAIN)
+    samples = samples_of(tokenizer, [("user", "a"), ("assistant", "b<|im_end|>")])
+    assert learnt_texts(samples, 0, tokenizer) == ["assistant:b<|im_end|>\n</s>"]
+
+
+@pytest.mark.parametrize("template", [SMOLLM2, LLAMA3, None], ids=["SmolLM2", "Llama 3", "RWKV"])
+def test_an_empty_answer_is_not_learnt(template):
+    tokenizer = tokenizer_of(template) if template else ByteTokenizer()
+    samples = samples_of(tokenizer, [("user", "a"), ("assistant", " \n"), ("user", "b"), ("assistant", "c"), ("user", "d"), ("assistant", "")])
+    (learnt,) = learnt_texts(samples, 0, tokenizer)
+    assert learnt.strip(" \0").startswith("c") and len(samples) == 1
+    with pytest.raises(DataError, match="no sample is left of 1 rows"):
+        samples_of(tokenizer, [("user", "a"), ("assistant", "")])
+
+
+DATED = "\n  {% if true %}{{ strftime_now('%d %B %Y, %H') }}{% endif %}\n" + SMOLLM2
+
+
+def test_a_template_that_asks_for_the_date_gets_one_and_the_same():
+    tokenizer = tokenizer_of(SMOLLM2)
+    samples = samples_of(tokenizer, CHAT, chat_template=DATED)
+    fixed = samples_of(tokenizer, CHAT, chat_template=DATED.replace("strftime_now('%d %B %Y, %H')", "'26 July 2024, 00'"))
+    assert samples.fingerprint() == fixed.fingerprint() and "26 July 2024, 00" in tokenizer.decode(samples[0])
+    with pytest.raises(ConfigError, match="data.chat_template: line 2: "):
+        samples_of(tokenizer, CHAT, chat_template="{{ strftime_now('%d') }}\n{{ m[ }}")
+
+
 def test_truncation_may_leave_some_turns():
     tokenizer = tokenizer_of(LLAMA3)
     whole = samples_of(tokenizer, CHAT)
@@ -237,6 +266,7 @@ def test_messages_and_conversations(tmp_path, row, suffix):
     ({"messages": "hi"}, ['the field \'messages\' is "hi"', "make it a list"]),
     ({"messages": [{"role": "user"}]}, ["turn 1 of 'messages'", "role and content"]),
     ({"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}, ["turn 2 of", 'the role is "bot"', "assistant"]),
+    ({"messages": [{"role": ["user"], "content": "a"}]}, ["turn 1 of", 'the role is ["user"]']),
     ({"messages": [{"role": "user", "content": None}]}, ["turn 1 of", "the content is null"]),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, ["the content is", "a list"]),
     ({"conversations": [{"from": "human", "value": 3}]}, ["turn 1 of 'conversations'", "the value is 3, a number"]),

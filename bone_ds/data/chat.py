@@ -29,6 +29,12 @@ Encoded = tuple[np.ndarray, np.ndarray]
 
 _NAMES = {"user": "User", "assistant": "Assistant", "system": "System"}
 _SHOWN_CHARACTERS = 30
+_DATE = {"%d": "26", "%-d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%Y": "2024", "%y": "24", "%a": "Fri", "%A": "Friday",
+         "%H": "00", "%M": "00", "%S": "00"}
+"""The day that Llama 3's template takes where nothing tells it the time."""
+_CLOCK = ("{%- macro strftime_now(layout) -%}{{ layout" + "".join(f"|replace('{code}', '{text}')" for code, text in _DATE.items())
+          + " }}{%- endmacro %}\n")
+"""Before a template that asks for the date: the wall clock would make other tokens every day. The line end is no part of the text."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +85,18 @@ def encode(prompt: ChatPrompt, tokenizer, rows: Sequence[tuple[str, list[Turn]]]
     if prompt.template is None and not tokenizer.chat_template:
         raise DataError("data.prompt: chat: the tokenizer has no chat template; give one with data.chat_template")
 
+    try:
+        template = tokenizer.get_chat_template(prompt.template)
+    except ValueError as error:  # several by name, and none of them is the default
+        raise DataError(f"data.prompt: chat: {str(error).splitlines()[0][:160]}; give one with data.chat_template") from None
+    if "strftime_now" in template:
+        template = _CLOCK + template
+
     def render(turns: Sequence[Turn], asks: bool) -> str:
         messages = [turn._asdict() for turn in turns]
-        return tokenizer.apply_chat_template(messages, chat_template=prompt.template, add_generation_prompt=asks, tokenize=False)
+        return tokenizer.apply_chat_template(messages, chat_template=template, add_generation_prompt=asks, tokenize=False)
 
-    endings = {tokenizer.eos_token_id, *tokenizer.get_added_vocab().values()}
+    endings = {index: text for text, index in tokenizer.get_added_vocab().items()}
     rendered = [_rendered(place, turns, render) for place, turns in rows]
     texts = [text for one in rendered for text in one]
     ids = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"] if texts else [])
@@ -92,8 +105,8 @@ def encode(prompt: ChatPrompt, tokenizer, rows: Sequence[tuple[str, list[Turn]]]
 
 
 def _answers(turns: Sequence[Turn]) -> list[int]:
-    """The places of the assistant's turns."""
-    return [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+    """The places of the assistant's turns. An empty one is none: a model would learn to say nothing."""
+    return [index for index, turn in enumerate(turns) if turn.role == "assistant" and turn.content.strip()]
 
 
 def _rendered(place: str, turns: list[Turn], render: Callable[[Sequence[Turn], bool], str]) -> list[str]:
@@ -106,34 +119,42 @@ def _rendered(place: str, turns: list[Turn], render: Callable[[Sequence[Turn], b
     try:
         return [text for index in answers for text in (render(turns[:index], True), render(turns[:index + 1], False))]
     except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"data.chat_template: line {error.lineno}: {error.message}") from None
+        raise ConfigError(f"data.chat_template: line {_line(error)}: {error.message}") from None
     except Exception as error:  # a template raises what it likes
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:160]
         raise DataError(f"{place}: the chat template refuses it: {reason}") from None
 
 
-def _encoded(place: str, turns: list[Turn], texts: list[str], ids: list[list[int]], tokenizer, endings: set[int]) -> Encoded:
+def _line(error) -> int:
+    """Of the template as it was given."""
+    return error.lineno - _CLOCK.count("\n") if (error.source or "").startswith(_CLOCK) else error.lineno
+
+
+def _encoded(place: str, turns: list[Turn], texts: list[str], ids: list[list[int]], tokenizer, endings: dict[int, str]) -> Encoded:
     """texts: as `_rendered` gives them; ids: their tokens."""
     if not texts:
         return _NOTHING
     for number in range(1, len(ids)):
         if ids[number][:len(ids[number - 1])] != ids[number - 1]:
             raise DataError(_unsafe(place, _answers(turns)[number // 2] + 1, *texts[number - 1:number + 1]))
-    tokens = ids[-1] if _end(ids[-1], endings, tokenizer)[1] else [*ids[-1], tokenizer.eos_token_id]
+    ends = [_end(after, text.rpartition(turns[index].content.strip())[2], endings, tokenizer)
+            for after, text, index in zip(ids[1::2], texts[1::2], _answers(turns), strict=True)]
+    tokens = ids[-1] if ends[-1][1] else [*ids[-1], tokenizer.eos_token_id]
     learnt = np.zeros(len(tokens), bool)
-    for before, after in zip(ids[::2], ids[1::2], strict=True):
-        learnt[len(before):_end(after, endings, tokenizer)[0]] = True
+    for before, (end, _) in zip(ids[::2], ends, strict=True):
+        learnt[len(before):end] = True
     learnt[len(ids[-1]):] = True  # EOS, where the template has no end of its own
     return np.array(tokens, np.int32), learnt
 
 
-def _end(ids: list[int], endings: set[int], tokenizer) -> tuple[int, bool]:
-    """Where the last turn ends, and whether a token of its own says so.
+def _end(ids: list[int], tail: str, endings: dict[int, str], tokenizer) -> tuple[int, bool]:
+    """Where the last turn ends, and whether a token of its own says so: EOS, or an added one of the template's.
 
+    tail: what the template puts behind the turn's content, which may itself end with an added token, such as one of a tool's.
     What stands behind that token is white space between turns: a model that has said it is not asked to go on.
     """
     for end in range(len(ids), 0, -1):
-        if ids[end - 1] in endings:
+        if ids[end - 1] == tokenizer.eos_token_id or ids[end - 1] in endings and endings[ids[end - 1]] in tail:
             return end, True
         if tokenizer.decode(ids[end - 1:end]).strip():
             break
@@ -160,7 +181,7 @@ def _as_user_assistant(place: str, turns: list[Turn], tokenizer) -> Encoded:
     for number, (role, content) in enumerate(turns[:answers[-1] + 1], 1):
         if role not in _NAMES:
             raise DataError(f"{place}: turn {number}: the role {role!r} has no place in User: and Assistant: turns; remove the row")
-        if role == "assistant":
+        if number - 1 in answers:
             pieces[-1] += "Assistant:"
             pieces += [f" {content}\n\n", ""]
         else:

@@ -52,7 +52,7 @@ def _turn(place: str, turn: Any) -> Turn:
     if keys is None:
         raise DataError(f"{place} is {shown(turn)}; make it an object with role and content, or from and value")
     role, content = (turn[key] for key in keys)
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise DataError(f"{place}: the {keys[0]} is {shown(role)}, known are {', '.join(_ROLES)}")
     if turn.get("tool_calls"):
         raise DataError(f"{place} calls tools, which can't be rendered; remove the row")
