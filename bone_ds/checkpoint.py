@@ -23,7 +23,8 @@ from bone_ds.engine.state import PARTS
 from bone_ds.errors import CheckpointError
 from bone_ds.tensor_file import save_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: the fingerprint of the data covers what is learnt and how sources are mixed."""
 _STATE, _MANIFEST = "state.safetensors", "manifest.json"
 
 
