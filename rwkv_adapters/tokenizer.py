@@ -81,7 +81,7 @@ class ByteTokenizer(Tokenizer):
         return text.replace("\0", "") if skip_special_tokens else text
 
     def fingerprint(self) -> str:
-        return f"bytes of {self.encoding}"
+        return f"bytes of {self.encoding}, {_code_fingerprint()}"
 
 
 class WorldTokenizer(Tokenizer):
@@ -117,7 +117,12 @@ class WorldTokenizer(Tokenizer):
         return b"".join(self._tokens.get(int(token), b"") for token in ids).decode("utf-8", errors="replace")
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(repr(sorted(self._tokens.items())).encode()).hexdigest()
+        return hashlib.sha256(repr((sorted(self._tokens.items()), _code_fingerprint())).encode()).hexdigest()
+
+
+def _code_fingerprint() -> str:
+    """Of this module, which may encode otherwise in another version."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def read_vocabulary(path: Path) -> dict[int, bytes]:

@@ -1,5 +1,6 @@
 """Tokenised data on disk: found again by its content, made once by ranks that start together, never half."""
 
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import tiny
 from test_data_samples import word_tokenizer
 
 from bone_ds.config import DataConfig
-from bone_ds.data import cache, load_samples, tokenization
+from bone_ds.data import cache, load_samples, loading, tokenization
 from rwkv_adapters.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -89,11 +90,13 @@ def test_what_is_not_kept(rows, tmp_path, monkeypatch):
     assert not (tmp_path / "tokens").exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "no manifest", "no array", "half a manifest"])
+@pytest.mark.parametrize("damage", ["cut", "no manifest", "no array", "half a manifest", "empty"])
 def test_damaged_data_is_made_anew(rows, tmp_path, damage):
     place = load(rows, tmp_path).parts[0].cached
     if damage == "cut":
         (place / "tokens.npy").write_bytes((place / "tokens.npy").read_bytes()[:-20])
+    elif damage == "empty":
+        (place / "tokens.npy").write_bytes(b"")
     elif damage == "half a manifest":
         (place / "manifest.json").write_text((place / "manifest.json").read_text()[:50])
     else:
@@ -107,6 +110,21 @@ def test_a_place_that_can_not_be_written_is_done_without(rows, tmp_path):
     (tmp_path / "tokens").write_text("a file")
     samples = load(rows, tmp_path)
     assert samples.parts[0].cached is None and len(samples) == 40
+
+
+def test_a_full_disk_is_said_and_nothing_is_tokenised_twice(rows, tmp_path, monkeypatch, caplog):
+    read, reads = loading.read, []
+    monkeypatch.setattr(loading, "read", lambda *options: reads.append(options) or read(*options))
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache.np, "save", full)
+    samples = load(rows, tmp_path)
+    assert len(samples) == 40 and len(reads) == 1 and samples.parts[0].cached is None
+    assert [path.suffix for path in (tmp_path / "tokens").iterdir()] == [".lock"]
+    (line,) = caplog.messages
+    assert "can't be kept: No space left on device" in line
 
 
 def test_bad_data_leaves_nothing_behind(tmp_path):

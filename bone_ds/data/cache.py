@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -45,12 +47,15 @@ def place_of(directory: Path, located: Sequence[Located], prompt: Prompt | ChatP
     made_of = {
         "sources": [sources.fingerprint(one) for one in located], "tokenizer": of_tokenizer, "prompt": repr(prompt), "limit": limit,
         "max_length": data.max_length, "overlong": data.overlong_rule, "code": _code_fingerprint(),
-        "versions": {name: version(name) for name in ("transformers", "tokenizers", "jinja2")}}
+        "versions": {name: version(name) for name in ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow")}}
     return directory / "tokens" / hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def read_or_build(place: Path, build: Callable[[], Samples]) -> tuple[Samples, bool]:
-    """The samples that are kept at `place`, and whether they were there already. Raises OSError where they can't be kept."""
+    """The samples that are kept at `place`, and whether they were there already. A disk that is full is said, and done without.
+
+    Raises OSError where nothing can be kept, before anything is built.
+    """
     from filelock import FileLock
 
     if (kept := _read(place)) is not None:
@@ -60,7 +65,11 @@ def read_or_build(place: Path, build: Callable[[], Samples]) -> tuple[Samples, b
         if (kept := _read(place)) is not None:  # by another rank, meanwhile
             return kept, True
         samples = build()
-        _write(place, samples)
+        try:
+            _write(place, samples)
+        except OSError as error:
+            shutil.rmtree(_aside(place), ignore_errors=True)
+            logging.getLogger("bone_ds").warning("%s: tokenised data can't be kept: %s; the next start tokenises anew", place, error.strerror)
     return samples, False
 
 
@@ -71,12 +80,16 @@ def _read(place: Path) -> Samples | None:
         arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
         whole = {name: list(array.shape) for name, array in arrays.items()} == manifest["shapes"]
         return Samples(**arrays, eos_token_id=manifest["eos_token_id"], report=Report(**manifest["report"])) if whole else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
 
 
+def _aside(place: Path) -> Path:
+    return place.with_name(f"{place.name}.partial")
+
+
 def _write(place: Path, samples: Samples) -> None:
-    aside = place.with_name(f"{place.name}.partial")
+    aside = _aside(place)
     for left_over in (aside, place):  # of a process that was killed; damaged
         shutil.rmtree(left_over, ignore_errors=True)
     aside.mkdir()
@@ -86,6 +99,9 @@ def _write(place: Path, samples: Samples) -> None:
     manifest = {"eos_token_id": samples.eos_token_id, "report": asdict(samples.report),
                 "shapes": {name: list(array.shape) for name, array in arrays.items()}}
     (aside / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for path in aside.iterdir():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())  # a name must not outlive its content when the power fails
     aside.rename(place)
 
 

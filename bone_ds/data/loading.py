@@ -38,6 +38,8 @@ def _load(data: DataConfig, tokenizer, split: Literal["train", "eval"], cache_di
             place = None  # a disk that is full or not ours to write to: the run goes on without
     if samples is None:
         samples = read(located, prompt, tokenizer, data, limit)
+    if place is not None and not place.exists():
+        place = None  # the disk became full
     part = Part(", ".join(one.name for one in located), len(samples), samples.report, weight,
                 tuple(one.hub.commit for one in located if one.hub), place, was_cached)
     return replace(samples, parts=(part,))
