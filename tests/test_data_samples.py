@@ -1,6 +1,7 @@
 """Rows to tokens to batches: where loss falls, what is cut, what is left out."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -340,6 +341,9 @@ CODE = "```python\nprint('```')\n```"
     ("```\n```\nDone", "```\n```"),
     ("no code, but `this` and ```that``` too", "no code, but `this` and ```that``` too"),
     ("```python\nnever closed", "```python\nnever closed"),
+    ("1. ```py\n   x\n   ```\n2. Done\n```\ny\n```", "1. ```py\n   x\n   ```"),
+    ("> - ```\n>   x\n>   ```\nDone", "> - ```\n>   x\n>   ```"),
+    ("```\nx\n```py\ny\n```\nDone", "```\nx\n```py\ny\n```"),
 ])
 def test_what_follows_the_first_code_block_is_left_out(answer, learnt):
     prompt = build_prompt(DataConfig(train=("x",), prompt="code"))
@@ -383,3 +387,17 @@ def test_tokenize_takes_rows_from_anywhere():
     config = DataConfig(train=("x",))
     samples = tokenize(rows, build_prompt(config), word_tokenizer(adds_bos=False), config)
     assert samples.report.kept == 1 and samples[0][-1] == EOS
+
+
+def test_many_open_fences_take_no_time():
+    prompt = build_prompt(DataConfig(train=("x",), prompt="code"))
+    answer = "\n".join(f"{'`' * 200}x" for _ in range(2000))
+    started = time.monotonic()
+    assert prompt.completion_text({"query": "q", "answer": answer}) == answer
+    assert time.monotonic() - started < 1
+
+
+def test_labels_are_counted_in_slices(monkeypatch, tmp_path):
+    samples = make_text(tmp_path, ["w1 w2 w3", "w4", "w5 w6", "w7 w8 w9 w1"], word_tokenizer(adds_bos=True))
+    monkeypatch.setattr("bone_ds.data.samples._SAMPLES_AT_ONCE", 3)
+    assert samples.label_counts.tolist() == [samples.label_count(index) for index in range(4)] == [4, 2, 3, 5]

@@ -20,8 +20,9 @@ _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
-_CODE_BLOCK = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n]*\n(?:.*?\n)??[ \t]*\1[`~]*[ \t\r]*$", re.MULTILINE | re.DOTALL)
-"""From one fence to the next of its kind, each at the head of a line."""
+_OPENING = re.compile(r"(?:[ \t>]|[-*+][ \t]|\d{1,9}[.)][ \t])*(`{3,}(?=[^`]*$)|~{3,})")
+"""A fence at the head of a line, or of an item of a list, or of a quote."""
+_CLOSING = re.compile(r"[ \t>]*(`{3,}|~{3,})\s*$")
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,14 @@ def without_blank_lines(text: str) -> str:
 
 def _until_code(text: str) -> str:
     """Up to the end of the first fenced code block; all of it where there is none, or one that is never closed."""
-    found = _CODE_BLOCK.search(text)
-    return text[:found.end()] if found else text
+    fence, end = None, 0  # end: behind the line and its line end
+    for line in text.split("\n"):
+        end += len(line) + 1
+        if fence is None:
+            fence = (found := _OPENING.match(line)) and found[1]
+        elif (found := _CLOSING.match(line)) and found[1].startswith(fence):
+            return text[:end - 1]
+    return text
 
 
 def build_prompt(data: DataConfig) -> Prompt:

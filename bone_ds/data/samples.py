@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+
+_SAMPLES_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,16 @@ class Samples:
     @property
     def label_counts(self) -> np.ndarray:
         """(n,) int64, loss-bearing tokens."""
-        return np.add.reduceat(self.learnt, self.offsets[:-1], dtype=np.int64)
+        counts = np.empty(len(self), np.int64)
+        for start, end, learnt in self.slices():  # reduceat widens all that it is given to int64
+            counts[start:end] = np.add.reduceat(learnt, self.offsets[start:end] - self.offsets[start], dtype=np.int64)
+        return counts
+
+    def slices(self) -> Iterator[tuple[int, int, np.ndarray]]:
+        """First sample and last, excluded, of some thousand at a time, and `learnt` of them all."""
+        for start in range(0, len(self), _SAMPLES_AT_ONCE):
+            end = min(start + _SAMPLES_AT_ONCE, len(self))
+            yield start, end, self.learnt[self.offsets[start]:self.offsets[end]]
 
     def label_count(self, index: int) -> int:
         return int(self.learnt_of(index).sum())
