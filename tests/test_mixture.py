@@ -160,7 +160,7 @@ def test_a_mixture_in_yaml(tmp_path):
 
 @pytest.mark.parametrize("overlong", [None, "drop", "split"])
 def test_a_mixture_cuts_alike_after_it_was_written(tmp_path, overlong):
-    given = {"prompt": "text", "mixture": ["a.txt", {"path": "b.jsonl", "prompt": "metamath"}]} | ({"overlong": overlong} if overlong else {})
+    given = {"prompt": "text", "mixture": ["a.txt", {"path": "b.jsonl", "prompt": "metamath"}], "overlong": overlong}
     config = validate({"model": {"path": "m"}, "output": {"directory": "run"}, "data": given}, "case")
     path = tmp_path / "run.yaml"
     path.write_text(dump_yaml(config))
