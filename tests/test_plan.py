@@ -286,6 +286,15 @@ def test_cut_samples():
         workload.cut(samples_with(9, 25, 12), config_of("m.pth", data={"max_length": 8}).data)
 
 
+def test_a_hub_that_can_not_be_reached_ends_no_plan(tiny, monkeypatch):
+    def unreachable(*_):
+        raise DataError("owner/name: the hub doesn't give it")
+
+    monkeypatch.setattr(plan, "load_samples", unreachable)
+    tiny["data"]["train"] = "owner/name"
+    assert any("the hub doesn't give it; planned for full packs" in note for note in plan.plan(validate(tiny, "case"), 1, "cpu").notes)
+
+
 def test_documents_weigh_where_each_has_a_state():
     shapes = [trace.Shape((100,), 50), trace.Shape((24,) * 4, 60)]
     assert len(workload._heaviest(shapes, 0).document_lengths) == 1

@@ -18,7 +18,7 @@ from bone_ds.arch import Architecture, Source
 from bone_ds.config import RunConfig
 from bone_ds.data import GlobalOrder, Samples, load_samples
 from bone_ds.data_paths import is_hub_id
-from bone_ds.errors import CheckpointError
+from bone_ds.errors import CheckpointError, DataError
 from bone_ds.plan import changes, memory, process, trace, workload, zero
 from bone_ds.plan.report import Change, Flops, Plan, Workload
 from bone_ds.plan.table import line, refusal, table, warning
@@ -121,6 +121,11 @@ def _samples(config: RunConfig, architecture: Architecture, source: Source) -> t
         if source.fingerprint or config.model.tokenizer != "auto":
             raise
         return None, [f"no tokenizer: {error}; planned for full packs of data.max_length: {config.data.max_length}"]
-    samples = load_samples(config.data, tokenizer, "train", config.model.cache_dir)
+    try:
+        samples = load_samples(config.data, tokenizer, "train", config.model.cache_dir)
+    except DataError as error:
+        if not any(map(is_hub_id, paths)):
+            raise
+        return None, [f"{str(error).splitlines()[0]}; planned for full packs of data.max_length: {config.data.max_length}"]
     warning = resolution.context_warning(architecture, source, int(samples.lengths.max()))
     return samples, [warning.removeprefix("warning: ")] if warning else []
