@@ -21,6 +21,7 @@ LARGEST_TEXT_BYTES = 2**31 - 1
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ARROW_FILE_MAGIC = b"ARROW1"
 _ROWS_AT_ONCE = 1024
+_START_BYTES = 2**16
 
 Row = tuple[str, dict[str, Any]]
 """The row's place, such as `file:line`, and its values by column."""
@@ -74,13 +75,17 @@ def read_text(path: Path) -> str:
     size_bytes = path.stat().st_size
     if size_bytes > LARGEST_TEXT_BYTES:
         raise DataError(f"{path}: is one document of {size_bytes} bytes; make it rows of a .jsonl file, or a binidx corpus")
+    return _whole(path)
+
+
+def _whole(path: Path) -> str:
     return _decode(path, path.read_bytes().removeprefix(_BYTE_ORDER_MARK), 1)
 
 
 def _objects(path: Path) -> Iterator[Row]:
     """The place is `file:line`, or `file: item n` in a list."""
     if _is_list(path):
-        items = _parse(str(path), read_text(path), "the file is to be one list of objects, or one object per line")
+        items = _parse(str(path), _whole(path), "the file is to be one list of objects, or one object per line")
         places = ((f"{path}: item {number}", item) for number, item in enumerate(items, start=1))
     else:
         places = ((f"{path}:{number}", _parse(f"{path}:{number}", line, "write one JSON object per line"))
@@ -94,10 +99,10 @@ def _objects(path: Path) -> Iterator[Row]:
 def _is_list(path: Path) -> bool:
     """Whether a JSON file's first character opens a list."""
     with path.open("rb") as file:
-        for line in file:
-            if text := line.removeprefix(_BYTE_ORDER_MARK).lstrip():
-                return text.startswith(b"[")
-    return False
+        start = file.read(_START_BYTES).removeprefix(_BYTE_ORDER_MARK).lstrip()
+        while not start and (part := file.read(_START_BYTES)):
+            start = part.lstrip()
+    return start.startswith(b"[")
 
 
 def _lines(path: Path) -> Iterator[str]:

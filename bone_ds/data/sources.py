@@ -62,18 +62,21 @@ def _locate(name: str, subset: str | None, split: str, revision: str | None) -> 
 def _files_of(directory: Path, subset: str | None, split: str) -> tuple[Path, ...]:
     """The files of a split, by the rules that `datasets` has for a repository of the hub, or as its save_to_disk wrote them."""
     if (directory / _SPLITS).exists():
-        splits = _saved(directory / _SPLITS, "splits")
+        splits = _saved(directory / _SPLITS, "splits", str)
         if split not in splits:
             raise DataError(_no_split(str(directory), split, splits))
         directory = directory / split
     if (directory / _STATE).exists():
-        return tuple(directory / file["filename"] for file in _saved(directory / _STATE, "_data_files"))
+        return _saved_files(directory)
     from datasets import load_dataset_builder
 
     try:
         with silence():
             by_split = load_dataset_builder(str(directory.absolute()), name=subset).config.data_files
     except Exception as error:  # it raises whatever a README's YAML or a missing file leads to
+        if subset is None and "config name is missing" in str(error).lower():
+            raise DataError(f"{directory}: holds several data sets: {' '.join(str(error).splitlines()[1:2])}\n"
+                            "Name one with data.subset or, in a mixture, subset") from None
         raise DataError(f"{directory}: is a directory in which `datasets` finds no data set: {_first_line(error)}\n"
                         f"Lay it out as on the hub, for example data/{split}-00000-of-00001.parquet, or name the files") from None
     if split not in (by_split or {}):
@@ -81,11 +84,22 @@ def _files_of(directory: Path, subset: str | None, split: str) -> tuple[Path, ..
     return tuple(map(Path, by_split[split]))
 
 
-def _saved(path: Path, field: str) -> list:
+def _saved_files(directory: Path) -> tuple[Path, ...]:
+    files = tuple(directory / str(file.get("filename")) for file in _saved(directory / _STATE, "_data_files", dict))
+    for path in files:
+        rows.check_file(path)
+    return files
+
+
+def _saved(path: Path, field: str, kind: type) -> list:
+    """A list of that kind alone."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))[field]
+        found = json.loads(path.read_text(encoding="utf-8"))[field]
     except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{path}: is not what save_to_disk of `datasets` writes; save the data set anew") from None
+        found = None
+    if not isinstance(found, list) or not all(isinstance(one, kind) for one in found):
+        raise DataError(f"{path}: is not what save_to_disk of `datasets` writes; save the data set anew")
+    return found
 
 
 def _no_split(name: str, split: str, splits: Sequence[str]) -> str:
