@@ -97,7 +97,7 @@ class MixtureSource(Section):
     fields: dict[str, str] | None = Field(None, description="As data.fields.")
     template: str | None = Field(None, description="As data.template.")
     completion: str | None = Field(None, description="As data.completion.")
-    chat_template: str | None = Field(None, description="As data.chat_template.")
+    chat_template: str | None = Field(None, min_length=1, description="As data.chat_template.")
     drop_after_code: bool | None = Field(None, description="As data.drop_after_code.")
 
 
@@ -133,7 +133,7 @@ class DataConfig(Section):
     completion: str | None = Field(
         None, description="Completion text with {field} places, for prompt: template; it alone bears loss.")
     chat_template: str | None = Field(
-        None, description="For prompt: chat: a Jinja template, or the path of a .jinja file, in place of the tokenizer's own.")
+        None, min_length=1, description="For prompt: chat: a Jinja template or a .jinja file, in place of the tokenizer's own.")
     drop_after_code: bool = Field(
         False, description="Leave out what follows the completion's first fenced code block; prompt: code always does.")
     max_length: int = Field(512, ge=8, description="Longest sample, and the size of a pack, in tokens.")

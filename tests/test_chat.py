@@ -134,7 +134,8 @@ def test_an_added_token_of_the_answer_is_no_end():
 @pytest.mark.parametrize("template", [SMOLLM2, LLAMA3, None], ids=["SmolLM2", "Llama 3", "RWKV"])
 def test_an_empty_answer_is_not_learnt(template):
     tokenizer = tokenizer_of(template) if template else ByteTokenizer()
-    samples = samples_of(tokenizer, [("user", "a"), ("assistant", " \n"), ("user", "b"), ("assistant", "c"), ("user", "d"), ("assistant", "")])
+    chat = [("user", "a"), ("assistant", " \n"), ("user", "b"), ("assistant", "c"), ("user", "d"), ("assistant", "")]
+    samples = samples_of(tokenizer, chat)
     (learnt,) = learnt_texts(samples, 0, tokenizer)
     assert learnt.strip(" \0").startswith("c") and len(samples) == 1
     with pytest.raises(DataError, match="no sample is left of 1 rows"):

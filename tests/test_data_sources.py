@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import stand_in_hub
 
+from bone_ds import data_paths
 from bone_ds.config import DataConfig
 from bone_ds.data import fields
 from bone_ds.data.rows import read as read_file
 from bone_ds.data.rows import read_text
 from bone_ds.data.sources import HubSplit, fingerprint, hub_rows, locate
-from bone_ds.errors import DataError
+from bone_ds.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[1]
 COMMIT, OLD_COMMIT = "0123456789abcdef" * 2 + "01234567", "f" * 40
@@ -210,6 +211,51 @@ def test_what_save_to_disk_writes(tmp_path):
         located(tmp_path / "splits", train_split="dev")
 
 
+@pytest.mark.parametrize(("name", "content", "named"), [
+    ("one/state.json", '{"_data_files": [1]}', "state.json: is not what save_to_disk"),
+    ("one/state.json", '{"_data_files": null}', "state.json: is not what save_to_disk"),
+    ("splits/dataset_dict.json", '{"splits": null}', "dataset_dict.json: is not what save_to_disk"),
+    ("one/state.json", '{"_data_files": [{"filename": "gone.arrow"}]}', "gone.arrow: there is no such file"),
+])
+def test_what_save_to_disk_did_not_write(tmp_path, name, content, named):
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=named):
+        located((tmp_path / name).parent)
+
+
+def test_a_directory_of_several_data_sets_names_them(tmp_path):
+    directory = tmp_path / "set"
+    directory.mkdir()
+    for subset in ("one", "two"):
+        (directory / f"{subset}.jsonl").write_text('{"query": "q", "response": "a"}\n')
+    (directory / "README.md").write_text("---\nconfigs:\n- {config_name: one, data_files: one.jsonl}\n"
+                                         "- {config_name: two, data_files: two.jsonl}\n---\n")
+    with pytest.raises(DataError, match="one.*two.*\nName one with data.subset"):
+        located(directory)
+
+
+def test_a_long_list_starts_with_its_first_character(tmp_path, monkeypatch):
+    monkeypatch.setattr("bone_ds.data.rows._START_BYTES", 4)
+    path = tmp_path / "rows.json"
+    path.write_bytes(b"\xef\xbb\xbf \n       [" + json.dumps({"query": "q", "response": "a"}).encode() + b"]")
+    assert [row["query"] for _, row in read_file(path, ("query", "response"))] == ["q"]
+
+
+@pytest.mark.parametrize(("data", "named"), [
+    ({"mixture": [{"path": "FILE", "revision": "main"}]}, "data.mixture.0.revision: 'main' is for a hub id"),
+    ({"mixture": ["FILE", {"path": "FILE", "subset": "one"}]}, "data.mixture.1.subset: 'one' is for a directory or a hub id"),
+    ({"mixture": [{"path": "FILE", "split": "test"}]}, "data.mixture.0.split: 'test' is for a directory or a hub id"),
+    ({"train": "FILE", "train_split": "validation"}, "data.train_split: 'validation' is for a directory or a hub id"),
+])
+def test_fields_that_mean_nothing_to_a_file(tmp_path, data, named):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}\n")
+    tree = json.loads(json.dumps(data).replace("FILE", str(path)))
+    with pytest.raises(ConfigError, match=named):
+        data_paths.check(DataConfig.model_validate(tree))
+
+
 def test_an_empty_directory_is_refused(tmp_path):
     (tmp_path / "set").mkdir()
     with pytest.raises(DataError, match="set: is a directory in which `datasets` finds no data set: .*\nLay it out as on the hub"):
@@ -227,7 +273,7 @@ def from_the_hub(tmp_path_factory):
 import json, sys
 from bone_ds.config import DataConfig
 from bone_ds.data.sources import hub_rows, locate
-from bone_ds.errors import DataError
+from bone_ds.errors import ConfigError, DataError
 
 def found(name, limit=None, **options):
     try:
