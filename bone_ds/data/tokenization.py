@@ -30,6 +30,8 @@ Batch = list[tuple[str, Any]]
 """Rows' places and their checked values."""
 
 _ROWS_PER_BATCH = 1024
+_CHATS_PER_BATCH = 64
+"""Each is rendered once or twice for every answer, and all of a batch are held at once."""
 _BATCHES_ALONE = 16
 """So many are tokenised before processes are started, which takes seconds."""
 
@@ -100,7 +102,8 @@ def _not_empty(samples: Samples, origin: str, data: DataConfig) -> Samples:
 
 def _add_rows(store: Store, found: Iterable[Row], prompt: Prompt | ChatPrompt, tokenizer) -> None:
     checked = ((place, prompt.values(place, row)) for place, row in found)
-    batches = iter(lambda: list(itertools.islice(checked, _ROWS_PER_BATCH)), [])
+    per_batch = min(_ROWS_PER_BATCH, _CHATS_PER_BATCH) if isinstance(prompt, ChatPrompt) else _ROWS_PER_BATCH
+    batches = iter(lambda: list(itertools.islice(checked, per_batch)), [])
     for encoded in _encoded(batches, partial(encode, prompt, tokenizer), tokenizer):
         for tokens, learnt in encoded:
             store.add(tokens, learnt)
