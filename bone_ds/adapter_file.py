@@ -136,11 +136,16 @@ def _header(path: Path, metadata: dict[str, str]) -> Header:
     if odd:
         raise CheckpointError(f"{path}: its header's fields are wrong at {', '.join(odd)}")
     header = Header(**given)
+    check_describes_adapter(path, header, "its header")
+    return header
+
+
+def check_describes_adapter(path: Path, header: Header, origin: str) -> None:
+    """Raises CheckpointError where the fields, which `origin` in the file at `path` gave, go not together or are of another type."""
     try:
         _ = header.adapter, header.model
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: its header describes no adapter: {_first_problem(error)}") from None
-    return header
+        raise CheckpointError(f"{path}: {origin} describes no adapter: {_first_problem(error)}") from None
 
 
 def _first_problem(error: ValueError | TypeError) -> str:

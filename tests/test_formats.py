@@ -237,6 +237,8 @@ BAD_TENSORS = {
     "two-dimensional": (lambda t: t.update({K0: torch.ones(8, 32)}), [K0, "(8, 32)", "additive method"]),
     "four-dimensional": (lambda t: t.update({K0: torch.ones(1, 4, 8, 8)}), [K0, "(1, 4, 8, 8)", "(in/r, r, r)"]),
     "no square": (lambda t: t.update({K0: torch.ones(4, 8, 4)}), [K0, "(4, 8, 4)", "(in/r, r, r)"]),
+    "a scalar": (lambda t: (t.clear(), t.update({K0: torch.ones(())})), [f"{K0}: has shape ()"]),
+    "a scalar called disha": (lambda t: (t.clear(), t.update({"blocks.0.att.key.disha": torch.ones(())})), ["key.disha: has shape ()"]),
     "empty": (lambda t: t.update({K0: torch.ones(4, 0, 0)}), [K0, "(4, 0, 0)", "(in/r, r, r)"]),
     "grouped by rows of outputs": (lambda t: t.update({F1: torch.ones(4, 8, 8)}), [F1, "(4, 8, 8)", "(32, 56)", "needs (7, 8, 8)"]),
     "a module that is no layer": (lambda t: [t.update({f"blocks.{n}.att.ln_x.bone": torch.ones(4, 8, 8)}) for n in (0, 1)],
@@ -343,3 +345,10 @@ def test_a_full_disk_leaves_nothing(base, tmp_path, capsys):
     message = capsys.readouterr().err
     assert "a.pth: can't be written" in message and message.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_lies_beside_is_left_alone(base, tmp_path):
+    (tmp_path / "adapter.safetensors.partial").mkdir()
+    (tmp_path / "adapter.safetensors.partial/mine").touch()
+    imported(base, theirs())
+    assert (tmp_path / "adapter.safetensors.partial/mine").exists() and not list(tmp_path.glob("*.partial-*"))

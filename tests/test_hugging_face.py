@@ -12,7 +12,7 @@ from peft import LoraConfig, MissConfig, PeftModel, get_peft_model, get_peft_mod
 from safetensors.torch import load_file, save_file
 from tiny_llama import tiny_config, tiny_model
 from torch import nn
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification
 
 import bone_ds
 from bone_ds import BoneConfig, BoneModel
@@ -272,6 +272,7 @@ def test_it_is_a_method_of_peft(tmp_path):
     assert isinstance(model, PeftModel) and isinstance(peft.PeftConfig.from_pretrained(tmp_path), BoneConfig)
     assert torch.equal(moved(get_peft_model(Mlp(), config("col")))(X), model(X))
     status = model.get_model_status()
+    assert status.peft_types == {"default": "BONE"}
     assert (status.enabled, status.active_adapters, status.num_adapter_layers, status.trainable_params) == (True, ["default"], 2, 512)
 
 
@@ -353,12 +354,26 @@ def test_a_bf16_weight_is_merged_in_fp32_and_rounded_once():
 def test_a_merge_of_broken_values_is_refused_and_changes_nothing():
     model = adapted()
     with torch.no_grad():
-        next(iter(blocks(model).values()))[0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        model.merge_adapter(safe_merge=True)
-    assert torch.equal(next(iter(layers(model).values())).weight, Mlp().backbone_blocks[0].weight)
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        model.merge_and_unload(safe_merge=True)
+        list(blocks(model).values())[-1][0, 0, 0] = float("nan")
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            merge(safe_merge=True)
+        assert adapted_names(model) == ["backbone_blocks.0", "backbone_blocks.1"]
+        for layer, base in zip(layers(model).values(), Mlp().backbone_blocks, strict=True):
+            assert not layer.merged and torch.equal(layer.weight, base.weight)
+
+
+def test_a_weight_that_another_module_has_too_is_not_merged():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config(tie_word_embeddings=True))
+    before = model.model.embed_tokens.weight.detach().clone()
+    with pytest.warns(UserWarning, match="tied"):
+        model = moved(BoneModel(model, BoneConfig(r=8, grouping="row", target_modules=["q_proj", "lm_head"])))
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(InjectionError, match="lm_head: its weight is that of model.embed_tokens too"):
+            merge()
+        assert not any(layer.merged for layer in layers(model).values()) and "lm_head" in adapted_names(model)
+    assert torch.equal(model.get_input_embeddings().weight, before)
 
 
 def test_unload_is_the_base_even_when_merged():
@@ -739,6 +754,77 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(options, says):
         model.add_adapter("other", config(**options))
     assert adapted_names(model) == ["backbone_blocks.0", "backbone_blocks.1"] and list(model.peft_config) == ["default"]
     assert torch.equal(model(X), before) and not blocks(model, "other")
+    assert all(block.requires_grad for block in blocks(model).values())
+
+
+def test_a_refused_frozen_adapter_leaves_the_other_trainable():
+    model = adapted("miss", target_modules=["0", "1", "head"])
+    with pytest.raises(InjectionError, match="head: .*r=16 does not divide"):
+        model.add_adapter("other", config("row", r=16, target_modules=["0", "1", "head"], inference_mode=True))
+    assert len(blocks(model)) == 3 and all(block.requires_grad for block in blocks(model).values())
+
+
+def test_transformers_loads_what_is_saved_and_saves_it_again(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    model = moved(BoneModel(LlamaForCausalLM.from_pretrained(tmp_path / "base"), BoneConfig(r=8, target_modules=["q_proj"])))
+    model.save_pretrained(tmp_path / "adapter")
+    by_auto = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    by_hand = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    by_hand.load_adapter(str(tmp_path / "adapter"))
+    for loaded in (by_auto, by_hand):
+        assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    by_hand.save_pretrained(tmp_path / "again")
+    again = BoneModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "again")
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+class Tripled(nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+def hooked() -> nn.Module:
+    layer = nn.Linear(16, 16)
+    layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return nn.Sequential(layer)
+
+
+@pytest.mark.parametrize("make, target, says", [
+    (lambda: nn.TransformerEncoderLayer(16, 2, 32), "linear1", "TransformerEncoderLayer reads the weight"),
+    (lambda: nn.MultiheadAttention(16, 2), "out_proj", "MultiheadAttention reads the weight"),
+    (lambda: nn.Sequential(Tripled(16, 16)), "0", "is a Tripled with a forward of its own"),
+    (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))), "0", "is parametrized"),
+    (lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(16, 16))), "0", "has hooks"),
+    (hooked, "0", "has hooks"),
+    (lambda: nn.Sequential(nn.Linear(16, 16).to(torch.float8_e4m3fn)), "0", "quantised .float8_e4m3fn"),
+], ids=["encoder", "attention", "forward", "parametrized", "spectral_norm", "hook", "fp8"])
+def test_linear_layers_that_are_more_than_their_product_are_refused(make, target, says):
+    base = make()
+    with pytest.raises(InjectionError, match=f"target_modules: {target}: .*{says}"):
+        BoneModel(base, BoneConfig(r=8, target_modules=[target]))
+    assert not layers(base)
+
+
+def test_a_batch_that_mixes_adapters_is_refused():
+    with pytest.raises(ConfigError, match="adapter_names: .'default', '__base__'.: a batch that mixes"):
+        adapted()(X[:2], adapter_names=["default", "__base__"])
+
+
+def test_modules_to_save_that_are_no_modules():
+    with pytest.raises(ConfigError, match="modules_to_save: 'head' is one string"):
+        config(modules_to_save="head")
+    base = Mlp()
+    with pytest.raises(InjectionError, match="modules_to_save: 'haed'"):
+        BoneModel(base, config(modules_to_save=["haed"]))
+    assert not layers(base) and all(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_enabling_checkpoints_again_adds_no_hook():
+    model = llama()
+    hooks = model.get_base_model().get_input_embeddings()._forward_hooks
+    for _ in range(3):
+        model.gradient_checkpointing_enable()
+        assert len(hooks) == 1
 
 
 def test_a_quantised_layer_is_refused():
@@ -762,13 +848,13 @@ def test_configs_of_other_methods_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="LoraConfig"):
         BoneModel(Mlp(), LoraConfig(target_modules=["0"]))
     get_peft_model(Mlp(), LoraConfig(target_modules=["0"])).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="'LORA' is another method"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: .*'LORA' is another method"):
         BoneModel.from_pretrained(Mlp(), tmp_path)
 
 
 def test_mini_is_refused_by_name(tmp_path):
     get_peft_model(Mlp(), MissConfig(r=8, mini_r=4, init_weights="mini", target_modules=["0", "1"])).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="'mini' is a variant of MiSS that is not here"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: .*'mini' is a variant of MiSS that is not here"):
         BoneModel.from_pretrained(Mlp(), tmp_path)
 
 
@@ -778,7 +864,7 @@ def changed(directory, change) -> None:
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-FIRST = "base_model.model.backbone_blocks.0.bone_block"
+FIRST, SECOND = (f"base_model.model.backbone_blocks.{index}.bone_block" for index in (0, 1))
 
 
 @pytest.mark.parametrize("change, says", [
@@ -792,7 +878,7 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path, change, says):
     base = Mlp()
     with pytest.raises(CheckpointError, match=says):
         BoneModel.from_pretrained(base, tmp_path)
-    assert not layers(base)
+    assert not layers(base) and all(parameter.requires_grad for parameter in base.parameters())
     model = adapted("col")
     with pytest.raises(CheckpointError, match=says):
         model.load_adapter(tmp_path, "other")
@@ -808,3 +894,45 @@ def test_tensors_of_another_grouping_are_refused_though_they_have_the_shape(tmp_
     with pytest.raises(CheckpointError, match="grouping is 'left', the model's adapter has 'col'"):
         model.load_adapter(tmp_path, "default")
     assert torch.equal(model(X), before)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda tensors: tensors.update({SECOND: torch.zeros(2, 4, 4)}), "does not fit this model"),
+    (lambda tensors: tensors.pop(SECOND), "holds no tensor for"),
+    (lambda tensors: tensors[SECOND].fill_(float("nan")), "backbone_blocks.1.bone_block: holds NaN"),
+], ids=["of another size", "missing", "NaN"])
+def test_a_refused_load_leaves_the_present_adapter_as_it_was(tmp_path, change, says):
+    moved(adapted(bias="all"), seed=5).save_pretrained(tmp_path)
+    changed(tmp_path, change)
+    model = adapted(bias="all")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: .*{says}"):
+        model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert all(torch.equal(parameter, before[name]) and parameter.requires_grad == (name.endswith(("default", "bias")))
+               for name, parameter in model.named_parameters())
+
+
+def field(**fields):
+    def change(directory):
+        path = directory / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return change
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (field(r=-1), "r: -1"), (field(r=True), "r: True"), (field(grouping="bogus"), "'bogus'"), (field(bias="some"), "bias: 'some'"),
+    (lambda directory: (directory / "adapter_config.json").unlink(), "adapter_config.json"),
+    (lambda directory: (directory / "adapter_config.json").write_text("{"), "adapter_config.json"),
+    (lambda directory: (directory / "adapter_model.safetensors").unlink(), "weights can't be read"),
+    (lambda directory: (directory / "adapter_model.safetensors").write_bytes(b"0" * 40), "weights can't be read"),
+], ids=["r", "r of bool", "grouping", "bias", "no config", "a cut config", "no weights", "cut weights"])
+def test_damaged_directories_are_refused_by_name_and_change_nothing(tmp_path, spoil, says):
+    adapted().save_pretrained(tmp_path)
+    spoil(tmp_path)
+    base = Mlp()
+    with pytest.raises(CheckpointError) as caught:
+        BoneModel.from_pretrained(base, str(tmp_path))
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}: ") and says in message and "\n" not in message
+    assert not layers(base) and all(parameter.requires_grad for parameter in base.parameters())

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 from bone_ds import BoneConfig, BoneModel, adapter_file
 from bone_ds.cli import main
-from bone_ds.errors import ConfigError
+from bone_ds.errors import CheckpointError
 from llama_adapters import ARCHITECTURE
 
 # Raised inside PEFT's own __init__.
@@ -237,7 +237,7 @@ def test_what_older_peft_wrote_is_imported_to_the_bit(base, name):
 
 
 def test_mini_of_an_older_release_is_refused_by_name():
-    with pytest.raises(ConfigError, match="'mini' is a variant of MiSS that is not here"):
+    with pytest.raises(CheckpointError, match="'mini' is a variant of MiSS that is not here"):
         BoneModel.from_pretrained(linear_net(), FIXTURES / "miss-mini")
 
 
@@ -273,6 +273,11 @@ CONFIGS = {
     "with modules": (setting(modules_to_save=["lm_head"]), ["modules_to_save: ['lm_head']", "BoneModel.from_pretrained"]),
     "with biases": (setting(bias="all"), ["bias: 'all'"]),
     "no rank": (setting(r=None), ["r: None"]),
+    "a rank of bool": (setting(r=True), ["r: True"]),
+    "an unknown grouping": (setting(grouping="bogus"), ["grouping: 'bogus'"]),
+    "an unknown form": (setting(form="bogus"), ["form: 'bogus'"]),
+    "groups of text": (setting(groups="x"), ["groups: 'x'"]),
+    "free without groups": (setting(grouping="free"), ["groups: None with grouping 'free'"]),
     "another rank": (setting(r=16), ["q_proj.bone", "(8, 32)"]),
     "the other variant": (setting(init_weights="bat"), ["q_proj.bone", "(8, 32)"]),
 }

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -23,19 +22,14 @@ def check_absent(out: Path) -> None:
 
 def write_aside(out: Path, write: Callable[[Path], None]) -> None:
     """Calls `write` with a path beside `out`, and renames what it makes there. Raises ConfigError where that fails."""
-    aside = out.with_name(out.name + ".partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write(aside)
-        os.replace(aside, out)
+        with tempfile.TemporaryDirectory(prefix=f"{out.name}.partial-", dir=out.parent, ignore_cleanup_errors=True) as directory:
+            aside = Path(directory) / out.name
+            write(aside)
+            os.replace(aside, out)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise ConfigError(f"--out: {out}: can't be written: {str(error).splitlines()[0]}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            if aside.is_dir():
-                shutil.rmtree(aside)
-            else:
-                aside.unlink()
 
 
 def chosen_dtype(tensors: Mapping[str, Tensor], dtype: str) -> str:

@@ -132,7 +132,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         if config.get(field) not in (None, [], "none"):
             raise CheckpointError(f"{path}: {field}: {config[field]!r} was trained beside the adapter, which adapter.safetensors can't "
                                   "hold; BoneModel.from_pretrained loads it")
-    if not isinstance(config.get("r"), int) or config["r"] < 1:
+    if not isinstance(config.get("r"), int) or isinstance(config["r"], bool) or config["r"] < 1:
         raise CheckpointError(f"{path}: r: {config.get('r')!r} is no block size")
     return config
 
@@ -179,12 +179,17 @@ def _header(path: Path, config: dict[str, Any], tensors: dict[str, Tensor], arch
     with torch.device("meta"):
         model = architecture.build(source, torch.float32)
     layers, targets = _coverage(path, tensors, architecture, model, source)
-    return Header(
-        format_version=FORMAT_VERSION, architecture=architecture.name, method="bone", grouping=_grouping(path, config), rank=config["r"],
+    grouping = _grouping(path, config)
+    if (config.get("groups") is None) == (grouping == "free"):
+        raise CheckpointError(f"{path}: groups: {config.get('groups')!r} with grouping {grouping!r}: free has a number of groups, others none")
+    header = Header(
+        format_version=FORMAT_VERSION, architecture=architecture.name, method="bone", grouping=grouping, rank=config["r"],
         alpha=None, targets=[target for target in architecture.targets if target in targets],
         layers=None if layers == (0, len(architecture.layers(model))) else list(layers), base=source.origin,
         base_revision=source.revision, base_dtype="bf16", base_fingerprint=source.fingerprint, step=0, form=config.get("form") or "affine",
         groups=config.get("groups"))
+    adapter_file.check_describes_adapter(path, header, f"its {CONFIG}")
+    return header
 
 
 def _coverage(path: Path, tensors: dict[str, Tensor], architecture: Architecture, model: nn.Module,

@@ -59,12 +59,15 @@ def import_adapter(path: Path, base: str, out: Path) -> Header:
         _check_states(path, tensors, architecture.add_initial_state(model, *layers))
         header = _header("state", source, covered)
     else:
-        tensors = {name.removesuffix(kind) + "bone": tensor for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            if tensor.dim() < 2:
+                raise CheckpointError(f"{path}: {name}: has shape {tuple(tensor.shape)}, Bone has (in/r, r, r) or, as .disha, (r, out)")
         first = next(iter(tensors.values()))
         grouping = "miss" if kind == "disha" and first.dim() == 2 else "row"
         rank = len(first) if grouping == "miss" else first.shape[-1]
         for name, tensor in tensors.items():
             (_check_shards if grouping == "miss" else _check_block_affine)(path, name, tensor, rank, model, source)
+        tensors = {name.removesuffix(kind) + "bone": tensor for name, tensor in tensors.items()}
         header = _header("bone", source, covered, grouping, rank, [target for target in architecture.targets if target in modules])
     write_aside(out, lambda aside: adapter_file.write(aside, header, tensors))
     return header
@@ -183,8 +186,8 @@ def _check_shards(path: Path, name: str, tensor: Tensor, rank: int, model: nn.Mo
 
 
 def _linear(path: Path, name: str, model: nn.Module, source: Source) -> nn.Linear:
-    """The layer that a tensor MODULE.bone is for."""
-    module = name.removesuffix(".bone")
+    """The layer that a tensor MODULE.bone or MODULE.disha is for."""
+    module = name.rpartition(".")[0]
     try:
         linear = model.get_submodule(module)
     except AttributeError:

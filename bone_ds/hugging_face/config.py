@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Literal
 
 from peft import PeftConfig
@@ -11,9 +12,16 @@ from bone_ds.bone import resolve
 from bone_ds.errors import ConfigError
 from bone_ds.formats.peft import grouping_of
 
-PEFT_TYPE = "BONE"
+
+class PeftType(StrEnum):
+    """PEFT's own enumeration has it no more; transformers and PEFT ask a configuration's type for its `value`."""
+
+    BONE = "BONE"
+
+
+PEFT_TYPE = PeftType.BONE
 BIASES = ("none", "all", "bone_only")
-_NEW_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+NEW_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """What PEFT trains whole by task: the modules that a pretrained model lacks, and that begin with random values."""
 
 
@@ -26,7 +34,7 @@ class BoneConfig(PeftConfig):
         chooses for the architecture. exclude_modules: the same, and never adapted.
     layers_to_transform, layers_pattern: of target_modules by name, only those in these layers; the pattern is what comes before the
         layer's number.
-    init_weights: as PEFT's: True for `miss`, "bat" for `col`; False for `miss` with random values in place of zeros.
+    init_weights: as PEFT's: True for `miss`, "bat" for `col`; False for random values in place of zeros.
     grouping: row, col, left, free or miss in place of what init_weights names. groups: of `free`, the number of a layer's matrices.
     form: affine, or the ablations hadamard and unconstrained, of row, col and free.
     modules_to_save: modules that are trained whole, in a copy, and saved with the adapter; task_type "SEQ_CLS", "TOKEN_CLS" and
@@ -53,14 +61,16 @@ class BoneConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        if not isinstance(self.r, int) or self.r < 1:
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise ConfigError(f"r: {self.r!r} is no block size, give 1 or more")
         if self.bias not in BIASES:
             raise ConfigError(f"bias: {self.bias!r} is unknown, choose one of {', '.join(BIASES)}")
         self._name_the_grouping()
         resolve(self.strategy, self.grouping, self.form)
         self._check_layers()
-        self.modules_to_save = list(dict.fromkeys([*(self.modules_to_save or ()), *_NEW_HEADS.get(self.task_type, ())])) or None
+        if isinstance(self.modules_to_save, str):
+            raise ConfigError(f"modules_to_save: {self.modules_to_save!r} is one string, give a list of names")
+        self.modules_to_save = list(dict.fromkeys([*(self.modules_to_save or ()), *NEW_HEADS.get(self.task_type, ())])) or None
         for field in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, field), (list, tuple)):
                 setattr(self, field, set(getattr(self, field)))

@@ -80,14 +80,31 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.bone_block]
         if not names:
             return
-        unmerged = self.weight.data if self.unmerged_weight is None else self.unmerged_weight
-        wide = torch.promote_types(unmerged.dtype, torch.float32)
-        merged = self._adapted(unmerged.to(wide), [*self.merged_adapters, *names]).to(unmerged.dtype)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"the weight merged with {', '.join(names)} holds NaN or infinite values; the adapter seems to be broken")
-        self.unmerged_weight = unmerged
+        merged = self._merged_weight(names)
+        if safe_merge:
+            _check_finite(merged, names)
+        if self.unmerged_weight is None:
+            self.unmerged_weight = self.weight.data
         self.base_layer.weight.data = merged
         self.merged_adapters += names
+
+    def to_merge(self, adapter_names: list[str] | None = None) -> list[str]:
+        """Those of these adapters, or of the active ones, that this layer has and that are not merged yet."""
+        return [name for name in adapter_names or self.active_adapters
+                if name in self.bone_block and name not in self.merged_adapters]
+
+    @torch.no_grad()
+    def check_merge(self, adapter_names: list[str] | None = None) -> None:
+        """Raises ValueError where `merge` with `safe_merge` would."""
+        names = self.to_merge(adapter_names)
+        if names:
+            _check_finite(self._merged_weight(names), names)
+
+    def _merged_weight(self, names: list[str]) -> Tensor:
+        """(out, in), in the weight's dtype: the unmerged weight with what is merged already, and with these."""
+        unmerged = self.weight.data if self.unmerged_weight is None else self.unmerged_weight
+        wide = torch.promote_types(unmerged.dtype, torch.float32)
+        return self._adapted(unmerged.to(wide), [*self.merged_adapters, *names]).to(unmerged.dtype)
 
     def unmerge(self) -> None:
         """Puts back the weight that was there before merging."""
@@ -119,3 +136,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "bone." + super().__repr__()
+
+
+def _check_finite(merged: Tensor, names: list[str]) -> None:
+    if not torch.isfinite(merged).all():
+        raise ValueError(f"the weight merged with {', '.join(names)} holds NaN or infinite values; the adapter seems to be broken")

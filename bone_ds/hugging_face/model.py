@@ -6,12 +6,14 @@ import os
 import warnings
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import nn
 
-from bone_ds.errors import CheckpointError, ConfigError
+from bone_ds.errors import BoneError, CheckpointError, ConfigError
 from bone_ds.hugging_face.config import BoneConfig
-from bone_ds.hugging_face.tuner import BoneTuner
+from bone_ds.hugging_face.tuner import BoneTuner, frozen_as_before_on_error
 
 Path = str | os.PathLike
 
@@ -42,16 +44,17 @@ class BoneModel(PeftModel):
         subfolder, revision, token. Raises CheckpointError, and leaves the model as it was, where the adapter does not fit it.
         """
         if config is None:
-            config = BoneConfig.from_pretrained(model_id, **cls._split_kwargs(kwargs)[0])
+            config = _read_config(model_id, cls._split_kwargs(kwargs)[0])
         _check_config(config)
         config.inference_mode = not is_trainable
         made = {name: kwargs[name] for name in ("autocast_adapter_dtype", "low_cpu_mem_usage") if name in kwargs}
-        adapted = cls(model, config, adapter_name, **made)
-        try:
-            adapted.load_adapter(model_id, adapter_name, is_trainable, **kwargs)
-        except Exception:
-            adapted.unload()
-            raise
+        with frozen_as_before_on_error(model):
+            adapted = cls(model, config, adapter_name, **made)
+            try:
+                adapted.load_adapter(model_id, adapter_name, is_trainable, **kwargs)
+            except Exception:
+                adapted.unload()
+                raise
         return adapted
 
     def add_adapter(self, adapter_name: str, peft_config: BoneConfig, **kwargs: Any) -> None:
@@ -64,18 +67,25 @@ class BoneModel(PeftModel):
 
         Raises CheckpointError where it does not fit the model, or is of another method than the one that is present.
         """
-        found = BoneConfig.from_pretrained(model_id, **self._split_kwargs(kwargs)[0])
+        found = _read_config(model_id, self._split_kwargs(kwargs)[0])
         is_new = adapter_name not in self.peft_config
         if is_new:
             self._add_for_loading(adapter_name, found, is_trainable, kwargs)
         else:
             _check_same_method(model_id, found, self.peft_config[adapter_name])
+        before = None if is_new else {name: tensor.clone() for name, tensor in self._tensors(adapter_name).items()}
         try:
             return self._load_tensors(model_id, adapter_name, is_trainable, kwargs)
         except Exception:
             if is_new:
                 self.delete_adapter(adapter_name)
+            else:
+                set_peft_model_state_dict(self, before, adapter_name)
             raise
+
+    def _tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """What `save_pretrained` writes of it."""
+        return get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
 
     def _add_for_loading(self, adapter_name: str, config: BoneConfig, is_trainable: bool, kwargs: dict[str, Any]) -> None:
         config.inference_mode = not is_trainable
@@ -89,6 +99,8 @@ class BoneModel(PeftModel):
             result = super().load_adapter(model_id, adapter_name, is_trainable, **kwargs)
         except KeyError as error:
             raise CheckpointError(f"{model_id}: holds no tensor for {error.args[0]}, which its adapter_config.json names") from None
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{model_id}: its weights can't be read: {str(error).splitlines()[0]}") from None
         except RuntimeError as error:
             if "size mismatch" not in str(error):
                 raise
@@ -98,16 +110,33 @@ class BoneModel(PeftModel):
         for name in result.unexpected_keys:
             if name.endswith((BoneTuner.prefix, ".miss_block")):
                 raise CheckpointError(f"{model_id}: {name}: this model has no such layer, or the adapter leaves it out")
+        for name, tensor in self._tensors(adapter_name).items():
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{model_id}: {name}: holds NaN or infinite values")
         return result
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """The base model's, with gradients for the embedding's output, which reentrant checkpoints need where weights are frozen."""
-        self.prepare_model_for_gradient_checkpointing(self.get_base_model())
-        self.get_base_model().activation_checkpointing_enable(*args, **kwargs)
+        base = self.get_base_model()
+        # transformers would add a hook at each call.
+        if getattr(base, "_require_grads_hooks", None):
+            base.disable_input_require_grads()
+        base.activation_checkpointing_enable(*args, **kwargs)
+        if not getattr(base, "_require_grads_hooks", None):
+            self.prepare_model_for_gradient_checkpointing(base)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
         """The older name of `activation_checkpointing_enable`."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+
+def _read_config(model_id: Path, hub: dict[str, Any]) -> BoneConfig:
+    """Raises CheckpointError, which names the directory or the hub's id."""
+    try:
+        return BoneConfig.from_pretrained(model_id, **hub)
+    except (BoneError, ValueError, TypeError, KeyError) as error:
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{model_id}: its adapter_config.json is not one of Bone or MiSS: {told}") from None
 
 
 def _check_config(config: PeftConfig) -> None:
