@@ -181,7 +181,7 @@ def _header(path: Path, config: dict[str, Any], tensors: dict[str, Tensor], arch
     layers, targets = _coverage(path, tensors, architecture, model, source)
     grouping = _grouping(path, config)
     if (config.get("groups") is None) == (grouping == "free"):
-        raise CheckpointError(f"{path}: groups: {config.get('groups')!r} with grouping {grouping!r}: free has a number of groups, others none")
+        raise CheckpointError(f"{path}: groups: {config.get('groups')!r} with grouping {grouping!r}: free alone has them")
     header = Header(
         format_version=FORMAT_VERSION, architecture=architecture.name, method="bone", grouping=grouping, rank=config["r"],
         alpha=None, targets=[target for target in architecture.targets if target in targets],
