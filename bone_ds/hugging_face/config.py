@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum
 from typing import Any, Literal
 
 from peft import PeftConfig
@@ -13,7 +13,7 @@ from bone_ds.errors import ConfigError
 from bone_ds.formats.peft import grouping_of
 
 
-class PeftType(StrEnum):
+class PeftType(str, Enum):  # noqa: UP042 - PEFT takes what follows the dot of its str()
     """PEFT's own enumeration has it no more; transformers and PEFT ask a configuration's type for its `value`."""
 
     BONE = "BONE"
