@@ -18,8 +18,8 @@ from bone_ds.arch import Architecture, Source
 from bone_ds.config import ModelConfig
 from bone_ds.data import prompt_ids
 from bone_ds.errors import CheckpointError, ConfigError, DataError
+from bone_ds.resolution import DTYPES
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _NO_TOKEN = -1
 
 
@@ -43,7 +43,7 @@ def load(config: ModelConfig, adapter: Path | None = None) -> Loaded:
     if given:
         merge.check_base(given[0], adapter, source)
         merge.check_fit(adapter, *given, architecture, source)
-    model = _adapted(architecture, source, _DTYPES[config.dtype], *(given or (None, {})))
+    model = _adapted(architecture, source, DTYPES[config.dtype], *(given or (None, {})))
     return Loaded(architecture, model.eval(), tokenizer)
 
 

@@ -205,7 +205,7 @@ def test_an_error_in_a_process_names_the_row(tmp_path, monkeypatch):
     good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     bad = {"messages": [{"role": "tool", "content": "a"}, {"role": "assistant", "content": "b"}]}
     path.write_text("".join(json.dumps(row) + "\n" for row in [*[good] * 9, bad]))
-    monkeypatch.setattr(tokenization, "_ROWS_PER_BATCH", 2)
+    monkeypatch.setattr(tokenization, "_CHATS_PER_BATCH", 2)
     monkeypatch.setattr(tokenization, "_BATCHES_ALONE", 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     with pytest.raises(DataError, match="chats.jsonl:10: turn 1: the role 'tool'"):

@@ -35,7 +35,7 @@ def _load(data: DataConfig, tokenizer, split: Literal["train", "eval"], cache_di
         try:
             samples, was_cached = cache.read_or_build(place, lambda: read(located, prompt, tokenizer, data, limit))
         except OSError:
-            place = None  # a disk that is full or not ours to write to: the run goes on without
+            place = None  # not ours to write to: the run goes on without
     if samples is None:
         samples = read(located, prompt, tokenizer, data, limit)
     if place is not None and not place.exists():

@@ -102,7 +102,7 @@ def _not_empty(samples: Samples, origin: str, data: DataConfig) -> Samples:
 
 def _add_rows(store: Store, found: Iterable[Row], prompt: Prompt | ChatPrompt, tokenizer) -> None:
     checked = ((place, prompt.values(place, row)) for place, row in found)
-    per_batch = min(_ROWS_PER_BATCH, _CHATS_PER_BATCH) if isinstance(prompt, ChatPrompt) else _ROWS_PER_BATCH
+    per_batch = _CHATS_PER_BATCH if isinstance(prompt, ChatPrompt) else _ROWS_PER_BATCH
     batches = iter(lambda: list(itertools.islice(checked, per_batch)), [])
     for encoded in _encoded(batches, partial(encode, prompt, tokenizer), tokenizer):
         for tokens, learnt in encoded:

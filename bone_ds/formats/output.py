@@ -12,8 +12,6 @@ from torch import Tensor
 
 from bone_ds.errors import ConfigError
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
 
 def check_absent(out: Path) -> None:
     if out.exists():

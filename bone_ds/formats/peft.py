@@ -31,8 +31,9 @@ from bone_ds.arch import Architecture, Source
 from bone_ds.config import ModelConfig
 from bone_ds.errors import CheckpointError, ConfigError
 from bone_ds.formats.coverage import rectangle
-from bone_ds.formats.output import DTYPES, check_absent, chosen_dtype, write_aside
+from bone_ds.formats.output import check_absent, chosen_dtype, write_aside
 from bone_ds.merge import check_fit
+from bone_ds.resolution import DTYPES
 from bone_ds.tensor_file import save_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

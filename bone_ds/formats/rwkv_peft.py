@@ -32,7 +32,8 @@ from bone_ds.bone.grouping import bone_shape
 from bone_ds.config import ModelConfig
 from bone_ds.errors import CheckpointError, ConfigError
 from bone_ds.formats.coverage import rectangle
-from bone_ds.formats.output import DTYPES, check_absent, chosen_dtype, write_aside
+from bone_ds.formats.output import check_absent, chosen_dtype, write_aside
+from bone_ds.resolution import DTYPES
 
 BONE_NAMES = ("bone", "disha")
 

@@ -19,9 +19,9 @@ CPU_CONTEXT_BYTES = 520 * MIB
 CPU_SLACK_BYTES = 190 * MIB
 """Of what libraries load or set up in the first steps."""
 CPU_SLACK_SHARE = {2: 0.45, 4: 0.03}
-"""By the bytes of the model's dtype: of half the size, tensors lie in the heap, and leave holes there, where the others are mapped."""
+"""By the bytes of the model's dtype; fitted, and too little for some runs in fp32."""
 CPU_GATHER_SHARE = 0.75
-"""The process group's own copies of what stage 3 gathers."""
+"""What the process group seems to hold besides what stage 3 gathers; fitted on two configurations."""
 CUDA_CONTEXT_BYTES = 500 * MIB
 CUDA_SLACK_BYTES = 892 * MIB
 """Only the sum of the two is known."""
