@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bone_ds import tensor_file
 from bone_ds.arch import Architecture, Source
 from bone_ds.config import AdapterConfig, ModelConfig, RunConfig
 from bone_ds.errors import CheckpointError
@@ -99,6 +100,23 @@ def read(path: Path) -> tuple[Header, dict[str, Tensor]]:
     for name, tensor in tensors.items():
         _check_tensor(path, header, name, tensor)
     return header, tensors
+
+
+def outline(path: Path) -> tuple[Header, dict[str, Tensor]]:
+    """As `read`, from the file's header alone: tensors without data, on the meta device, whose names and shapes are checked."""
+    tensors, metadata = tensor_file.outline(path)
+    header = _header(path, metadata)
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors")
+    if header.method != "full":
+        for name, tensor in tensors.items():
+            _check_shape(path, header, name, tensor)
+    return header, tensors
+
+
+def is_adapter(metadata: dict[str, str]) -> bool:
+    """Whether a safetensors file with this metadata is an adapter of this project."""
+    return _KEY in metadata
 
 
 def by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -42,6 +42,18 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Inventory:
+    """A model on disk as its headers describe it."""
+
+    source: Source
+    """It can be built. Its fingerprint is empty where a conversion alone would tell it."""
+    sizes: Mapping[str, int]
+    """By the names of the architecture's own configuration."""
+    parameters_by_dtype: Mapping[str, int]
+    """As they are stored, by the file format's name of the dtype."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """Documents end to end in one row, without padding; each attends to itself alone."""
 
@@ -90,6 +102,9 @@ class Architecture(Protocol):
 
     def without_weights(self, model: ModelConfig) -> Source:
         """As `outline`, with a tokenizer that can be loaded: of a model on the hub everything but its weights is fetched."""
+
+    def inventory(self, model: ModelConfig) -> Inventory:
+        """As `open`, of a model on this machine; converts nothing. Raises CheckpointError where it is not whole."""
 
     def tokenizer(self, source: Source): ...
 

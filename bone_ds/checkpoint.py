@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bone_ds import engine as engines
+from bone_ds import tensor_file
 from bone_ds.engine import Engine
 from bone_ds.engine.state import PARTS
 from bone_ds.errors import CheckpointError
@@ -58,13 +59,30 @@ def save(directory: Path, engine: Engine, step: int, base_fingerprint: str, data
 
 def load(path: Path, engine: Engine, base_fingerprint: str, data_fingerprint: str) -> int:
     """Restores the engine and returns the number of steps done. Raises CheckpointError naming what does not fit."""
-    manifest = _read_manifest(path / _MANIFEST)
+    manifest = read_manifest(path)
     if manifest.base_fingerprint != base_fingerprint:
         raise CheckpointError(f"{path}: was trained on another base model than now lies at model.path")
     if manifest.data_fingerprint != data_fingerprint:
         raise CheckpointError(f"{path}: was written over other training samples; data files, prompt or tokenizer have changed")
     engine.restore(_read_state(path / _STATE, manifest, engine), manifest.adam_step)
     return manifest.step
+
+
+def outline(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
+    """The manifest and the adapter's tensors without data, from headers alone. Raises CheckpointError where the files are not whole."""
+    manifest = read_manifest(path)
+    _check_size(path / _STATE, manifest)
+    state, _ = tensor_file.outline(path / _STATE)
+    adapter = {name.removeprefix("master/"): tensor for name, tensor in state.items() if name.startswith("master/")}
+    for name, tensor in adapter.items():
+        for part in PARTS:
+            found = state.pop(f"{part}/{name}", None)
+            if found is None or found.shape != tensor.shape:
+                has = "is missing" if found is None else f"has shape {tuple(found.shape)}, the adapter's is {tuple(tensor.shape)}"
+                raise CheckpointError(f"{path / _STATE}: {part}/{name}: {has}")
+    for name in state:
+        raise CheckpointError(f"{path / _STATE}: {name}: is no part of the adapter's state")
+    return manifest, adapter
 
 
 def existing(directory: Path) -> list[Path]:
@@ -92,7 +110,9 @@ def _write(directory: Path, parts: dict[str, dict[str, Tensor]], manifest: Manif
     os.replace(aside, final)
 
 
-def _read_manifest(path: Path) -> Manifest:
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Raises CheckpointError where it is missing or damaged."""
+    path = checkpoint / _MANIFEST
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -112,9 +132,7 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def _read_state(path: Path, manifest: Manifest, engine: Engine) -> dict[str, dict[str, Tensor]]:
-    if not path.exists() or path.stat().st_size != manifest.state_bytes:
-        size = path.stat().st_size if path.exists() else "no"
-        raise CheckpointError(f"{path}: has {size} bytes, its manifest says {manifest.state_bytes}; it is not whole")
+    _check_size(path, manifest)
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
     try:
         with safe_open(path, framework="pt") as file:
@@ -126,6 +144,12 @@ def _read_state(path: Path, manifest: Manifest, engine: Engine) -> dict[str, dic
     for part in PARTS:
         _check(path, part, parts[part], engine)
     return parts
+
+
+def _check_size(path: Path, manifest: Manifest) -> None:
+    if not path.exists() or path.stat().st_size != manifest.state_bytes:
+        size = path.stat().st_size if path.exists() else "no"
+        raise CheckpointError(f"{path}: has {size} bytes, its manifest says {manifest.state_bytes}; it is not whole")
 
 
 def _check(path: Path, part: str, tensors: dict[str, Tensor], engine: Engine) -> None:

@@ -157,6 +157,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--cache-dir", help="where a converted GGUF model is kept")
     generate.set_defaults(run=_generate)
 
+    inspect = commands.add_parser("inspect", help="what a model, adapter, checkpoint or run directory is, and whether it is whole",
+                                  description="Reads headers, no values. Exit code 2 where something is missing or damaged.")
+    inspect.add_argument("path", type=Path, help="a directory or a .pth, .safetensors or .gguf file")
+    inspect.add_argument("--json", action="store_true", help="print it as JSON")
+    inspect.set_defaults(run=_inspect)
+
     import_ = commands.add_parser("import", help="make an adapter of another program's file")
     import_.add_argument("file", type=Path, help="the program's file, or directory (peft)")
     import_.add_argument("--from", dest="format", choices=("rwkv-peft", "peft"), required=True, help="the program that wrote it")
@@ -388,6 +394,14 @@ def _stdin() -> str:
         return sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"stdin: is no UTF-8 text (byte {error.start})") from None
+
+
+def _inspect(options: argparse.Namespace, given: list[str]) -> int:
+    from bone_ds.inspection import inspect
+
+    found = inspect(options.path)
+    print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False) if options.json else found.as_text())
+    return USER_ERROR if found.problems else 0
 
 
 def _import(options: argparse.Namespace, given: list[str]) -> int:

@@ -9,10 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from bone_ds.errors import CheckpointError
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Of weights, by safetensors' names; others are told apart by no one here."""
 
 
 def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -25,6 +29,23 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str
     except (OSError, SafetensorError) as error:
         path.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: can't be written: {str(error).splitlines()[0]}") from None
+
+
+def outline(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file without their data, on the meta device, and its metadata: its header alone is read.
+
+    Raises CheckpointError where the file is none, or cut off.
+    """
+    if path.is_dir() or not path.exists():
+        raise CheckpointError(f"{path}: {'is a directory' if path.is_dir() else 'there is no such file'}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            tensors = {name: torch.empty(part.get_shape(), dtype=_DTYPES.get(part.get_dtype(), torch.uint8), device="meta")
+                       for name, part in slices.items()}
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: is no safetensors file, or a damaged one: {str(error).splitlines()[0]}") from None
 
 
 def drop_pages(tensor: Tensor) -> None:

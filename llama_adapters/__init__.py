@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from bone_ds.arch import Placement, Source, State
+    from bone_ds.arch import Inventory, Placement, Source, State
     from bone_ds.config import ModelConfig
 
 
@@ -46,6 +46,11 @@ class Llama:
         from llama_adapters import published
 
         return published.without_weights(model)
+
+    def inventory(self, model: ModelConfig) -> Inventory:
+        from llama_adapters import inventory
+
+        return inventory.inventory(model)
 
     def tokenizer(self, source: Source):
         from llama_adapters import weights

@@ -56,9 +56,7 @@ def convert_once(gguf: Path, dtype: str, cache_dir: Path) -> Path:
     directory = cache_dir / f"{gguf.stem}-{dtype}-{_content_key(gguf)}"
     if directory.is_dir():
         return directory
-    reader = _read(gguf)
-    config = _config(gguf, reader)
-    weights = _match(gguf, reader, config)
+    config, weights = read(gguf)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{directory}.lock"):
@@ -68,6 +66,13 @@ def convert_once(gguf: Path, dtype: str, cache_dir: Path) -> Path:
         raise CheckpointError(f"{cache_dir}: {gguf.name} can't be converted there: {error.strerror or error}; "
                               "set model.cache_dir") from None
     return directory
+
+
+def read(gguf: Path) -> tuple[LlamaConfig, dict[str, ReaderTensor]]:
+    """The model that the header describes, and the mapped tensor of each parameter. Raises CheckpointError where they don't fit."""
+    reader = _read(gguf)
+    config = _config(gguf, reader)
+    return config, _match(gguf, reader, config)
 
 
 def tensor_to_torch(tensor: ReaderTensor, dtype: torch.dtype, config: LlamaConfig) -> torch.Tensor:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from bone_ds.arch import Placement, Source, State
+    from bone_ds.arch import Inventory, Placement, Source, State
     from bone_ds.config import ModelConfig
 
 
@@ -42,6 +42,11 @@ class Rwkv:
 
     def without_weights(self, model: ModelConfig) -> Source:
         return self.outline(model)
+
+    def inventory(self, model: ModelConfig) -> Inventory:
+        from rwkv_adapters import weights
+
+        return weights.inventory(model)
 
     def tokenizer(self, source: Source):
         from rwkv_adapters import tokenizer

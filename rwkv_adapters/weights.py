@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bone_ds.arch import Placement, Source
+from bone_ds.arch import Inventory, Placement, Source
 from bone_ds.config import ModelConfig
 from bone_ds.errors import CheckpointError
 from bone_ds.tensor_file import drop_pages
@@ -37,6 +38,17 @@ def open(model: ModelConfig) -> RwkvSource:
     sizes = checks.check_tensors(tensors, path)
     return RwkvSource(path=path, origin=model.path, revision=None, fingerprint=fingerprint(tensors), sizes=sizes,
                       tokenizer=model.tokenizer, wkv=model.wkv)
+
+
+def inventory(model: ModelConfig) -> Inventory:
+    """The sizes and dtypes of the file's tensors. Raises CheckpointError where it is not whole."""
+    source = open(model)
+    counts: Counter[str] = Counter()
+    for tensor in checks.read_tensors(source.path).values():
+        counts[checks.DTYPE_NAMES[tensor.dtype]] += tensor.numel()
+    sizes = asdict(source.sizes)
+    del sizes["initial_state"]  # the parameters tell it
+    return Inventory(source, sizes, dict(counts.most_common()))
 
 
 def build(source: RwkvSource, dtype: torch.dtype) -> Rwkv6:

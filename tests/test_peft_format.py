@@ -327,7 +327,7 @@ DIRECTORIES = {
     "a file": (lambda path: (shutil.rmtree(path), path.touch()), ["holds no adapter_config.json"]),
     "without a config": (lambda path: (path / "adapter_config.json").unlink(), ["holds no adapter_config.json"]),
     "a config cut off": (lambda path: (path / "adapter_config.json").write_text('{"peft_type": "MI'), ["adapter_config.json is damaged"]),
-    "a config that is a list": (lambda path: (path / "adapter_config.json").write_text("[]"), ["peft_type 'list'"]),
+    "a config that is a list": (lambda path: (path / "adapter_config.json").write_text("[]"), ["holds a list"]),
     "without tensors": (lambda path: (path / "adapter_model.safetensors").unlink(), ["holds no adapter_model.safetensors"]),
     "pickled": (lambda path: (path / "adapter_model.safetensors").rename(path / "adapter_model.bin"), ["safe_serialization=True"]),
     "tensors cut off": (lambda path: (path / "adapter_model.safetensors").write_bytes(b"123"), ["no safetensors file"]),

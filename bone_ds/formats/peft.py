@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from bone_ds import adapter_file, arch
+from bone_ds import adapter_file, arch, tensor_file
 from bone_ds.adapter_file import FORMAT_VERSION, Header
 from bone_ds.arch import Architecture, Source
 from bone_ds.config import ModelConfig
@@ -90,6 +90,38 @@ def export_adapter(path: Path, out: Path, dtype: str = "auto", reader: str = "pe
     return dtype
 
 
+def outline(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration, of any peft_type, and the tensors without data, from headers alone. Raises CheckpointError.
+
+    Of MISS and BONE the shapes are held against the configuration.
+    """
+    config = _read_json(path)
+    if not (path / WEIGHTS).exists():
+        raise _no_weights(path)
+    tensors, _ = tensor_file.outline(path / WEIGHTS)
+    if not tensors:
+        raise CheckpointError(f"{path}: {WEIGHTS} holds no tensors")
+    targets = config.get("target_modules")
+    for target in targets if isinstance(targets, list) else ():
+        if not any(f".{target}." in name for name in tensors):
+            raise CheckpointError(f"{path}: {WEIGHTS} has no tensor for {target}, one of {CONFIG}'s target_modules")
+    if config.get("peft_type") in ("MISS", "BONE") and config.get("init_weights") != "mini":
+        _check_blocks(path, config, tensors)
+    return config, tensors
+
+
+def _check_blocks(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Of the groupings that PEFT has."""
+    rank = config.get("r")
+    wanted = {"miss": (rank, None), "col": (None, rank, rank)}.get(_grouping(path, config))
+    for name, tensor in tensors.items():
+        if wanted is None or not _TENSOR.fullmatch(name):
+            continue
+        if len(wanted) != tensor.dim() or any(want not in (None, have) for want, have in zip(wanted, tensor.shape)):
+            raise CheckpointError(f"{path}: {name}: has shape {tuple(tensor.shape)}, which does not fit {CONFIG}'s r {rank}, "
+                                  f"init_weights {config.get('init_weights')!r}")
+
+
 def _check_has_form(path: Path, header: Header, reader: str) -> None:
     if header.method != "bone":
         raise ConfigError(f"{path}: is {header.method}; {reader} has a form for bone alone")
@@ -120,21 +152,27 @@ def _bone(header: Header) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except OSError:
-        raise CheckpointError(f"{path}: holds no {CONFIG}; name the directory of a PEFT adapter") from None
-    except ValueError:
-        raise CheckpointError(f"{path}: its {CONFIG} is damaged") from None
-    if not isinstance(config, dict) or config.get("peft_type") not in ("MISS", "BONE"):
-        told = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise CheckpointError(f"{path}: is of peft_type {told!r}; MISS and BONE are read")
+    config = _read_json(path)
+    if config.get("peft_type") not in ("MISS", "BONE"):
+        raise CheckpointError(f"{path}: is of peft_type {config.get('peft_type')!r}; MISS and BONE are read")
     for field in ("modules_to_save", "bias"):
         if config.get(field) not in (None, [], "none"):
             raise CheckpointError(f"{path}: {field}: {config[field]!r} was trained beside the adapter, which adapter.safetensors can't "
                                   "hold; BoneModel.from_pretrained loads it")
     if not isinstance(config.get("r"), int) or isinstance(config["r"], bool) or config["r"] < 1:
         raise CheckpointError(f"{path}: r: {config.get('r')!r} is no block size")
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except OSError:
+        raise CheckpointError(f"{path}: holds no {CONFIG}; name the directory of a PEFT adapter") from None
+    except ValueError:
+        raise CheckpointError(f"{path}: its {CONFIG} is damaged") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: its {CONFIG} holds a {type(config).__name__}, not a JSON object")
     return config
 
 
@@ -151,13 +189,17 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path / WEIGHTS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
-        also = "; its adapter_model.bin is not read, save it with safe_serialization=True" if (path / "adapter_model.bin").exists() else ""
-        raise CheckpointError(f"{path}: holds no {WEIGHTS}{also}") from None
+        raise _no_weights(path) from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: {WEIGHTS} is no safetensors file, or a damaged one: {str(error).splitlines()[0]}") from None
     if not tensors:
         raise CheckpointError(f"{path}: {WEIGHTS} holds no tensors")
     return {_our_name(path, name): _widened(path, name, tensor) for name, tensor in tensors.items()}
+
+
+def _no_weights(path: Path) -> CheckpointError:
+    also = "; its adapter_model.bin is not read, save it with safe_serialization=True" if (path / "adapter_model.bin").exists() else ""
+    return CheckpointError(f"{path}: holds no {WEIGHTS}{also}")
 
 
 def _our_name(path: Path, name: str) -> str:

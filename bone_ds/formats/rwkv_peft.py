@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import re
 import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -95,6 +96,31 @@ def export_adapter(path: Path, out: Path, dtype: str = "auto", name: str = "bone
     renamed = {re.sub(r"\.bone$", f".{name}", key): tensor.to(DTYPES[dtype]) for key, tensor in tensors.items()}
     write_aside(out, lambda aside: torch.save(renamed, aside))
     return dtype
+
+
+def outline(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, str | None, int | None, tuple[int, int], list[str]]:
+    """Method, grouping, rank, layers [first, last) and modules of a file with these tensors. Raises CheckpointError.
+
+    Whether a three-dimensional `.bone` is row or col is seen on layers that are not square alone; it is called row here.
+    """
+    kind = _kind(path, tensors)
+    layers, modules = rectangle(path, _by_layer(tensors, _STATE if kind == "time_state" else _BONE), "blocks")
+    if kind == "time_state":
+        return "state", None, None, layers, []
+    first = next(iter(tensors.values()))
+    grouping = "miss" if kind == "disha" and first.dim() == 2 else "row"
+    rank = len(first) if grouping == "miss" else first.shape[-1]
+    wanted = (rank, None) if grouping == "miss" else (None, rank, rank)
+    for name, tensor in tensors.items():
+        if tensor.dim() != len(wanted) or any(want not in (None, have) for want, have in zip(wanted, tensor.shape)):
+            raise CheckpointError(f"{path}: {name}: has shape {tuple(tensor.shape)}, other tensors have block size {rank}")
+    return "bone", grouping, rank, layers, sorted(modules)
+
+
+def is_adapter(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are such an adapter rather than a model."""
+    names = set(names)
+    return "emb.weight" not in names and any(name.endswith((".bone", ".disha", ".time_state")) for name in names)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

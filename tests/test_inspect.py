@@ -1,0 +1,310 @@
+"""`bone-ds inspect` says what a file is and whether it is whole; what is damaged is named in a line, with exit code 2."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+import tiny
+import tiny_llama
+import tiny_rwkv
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from tiny_rwkv_adapter import random_adapter as random_rwkv_adapter
+
+from bone_ds.cli import main
+from bone_ds.formats import peft, rwkv_peft
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """One of everything."""
+    directory = tmp_path_factory.mktemp("made")
+    tiny_llama.save_tiny(directory / "llama", tie_word_embeddings=True)
+    tiny_llama.save_tiny(directory / "sharded", max_shard_size="20KB", dtype=torch.bfloat16)
+    tiny_llama.write_gguf(directory / "llama.gguf", tiny_llama.tiny_model(), quantised=gguf.GGMLQuantizationType.Q8_0)
+    tiny_rwkv.save_tiny(directory / "rwkv.pth", vocabulary=256, initial_state=True)
+    tiny_rwkv.save_tiny(directory / "rwkv.safetensors", vocabulary=256, dtype=torch.bfloat16)
+    tiny_llama.random_adapter(directory / "llama", directory / "row.safetensors", rank=8, layers=[1, 2])
+    tiny_llama.random_adapter(directory / "llama", directory / "lora.safetensors", method="lora", rank=4, targets=["q_proj"])
+    tiny_llama.random_adapter(directory / "llama", directory / "full.safetensors", method="full")
+    tiny_llama.random_adapter(directory / "llama", directory / "miss.safetensors", rank=8, grouping="miss")
+    random_rwkv_adapter(directory / "rwkv.safetensors", directory / "rwkv-row.safetensors", rank=8)
+    random_rwkv_adapter(directory / "rwkv.safetensors", directory / "state.safetensors", method="state")
+    peft.export_adapter(directory / "miss.safetensors", directory / "peft")
+    rwkv_peft.export_adapter(directory / "rwkv-row.safetensors", directory / "rwkv-peft.pth")
+    rows = tiny.write_rows(directory / "rows.jsonl")
+    config = tiny.config_tree(directory / "llama", rows, directory / "run", adapter={"rank": 8}, train={"steps": 3, "save_every": 2})
+    (directory / "run.yaml").write_text(yaml.safe_dump(config))
+    done = subprocess.run([sys.executable, "-m", "bone_ds", "train", "run.yaml"], cwd=directory, capture_output=True, text=True,
+                          timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+@pytest.fixture
+def inspected(capsys):
+    """Path -> the JSON of what is whole."""
+    def run(path) -> dict:
+        assert main(["inspect", str(path), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    """Name -> a copy that a test may damage."""
+    def copy(name: str) -> Path:
+        source, target = made / name, tmp_path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return Path((shutil.copytree if source.is_dir() else shutil.copy)(source, target))
+
+    return copy
+
+
+@pytest.mark.parametrize("name", ["llama", "sharded", "llama.gguf"])
+def test_llama(made, inspected, name):
+    found = inspected(made / name)
+    counted = sum(parameter.numel() for parameter in tiny_llama.tiny_model(tie_word_embeddings=name == "llama").parameters())
+    assert (found["what"], found["whole"]) == ("Llama model", True)
+    facts = found["facts"]
+    kinds = {"attention": 2 * (2 * 32 * 32 + 2 * 32 * 16), "mlp": 2 * 3 * 32 * 64, "norm": 5 * 32, "embedding": 96 * 32}
+    assert facts["parameters_by_kind"] == kinds | ({} if name == "llama" else {"head": 96 * 32})
+    assert facts["parameters"] == sum(facts["stored_as"].values()) == counted
+    assert facts["stored_as"] == {"llama": {"F32": counted}, "sharded": {"BF16": counted},
+                                  "llama.gguf": {"Q8_0": counted - 160, "F32": 160}}[name]
+    assert facts["sizes"]["num_hidden_layers"] == 2 and facts["sizes"]["vocab_size"] == 96
+    assert bool(facts["fingerprint"]) == (name != "llama.gguf")
+    assert facts["size_bytes"] >= counted
+
+
+@pytest.mark.parametrize("name, dtype", [("rwkv.pth", "F32"), ("rwkv.safetensors", "BF16")])
+def test_rwkv(made, inspected, name, dtype):
+    found = inspected(made / name)
+    tensors = torch.load(made / name) if name.endswith(".pth") else load_file(made / name)
+    counted = sum(tensor.numel() for tensor in tensors.values())
+    assert found["what"] == "RWKV6 model" and found["facts"]["stored_as"] == {dtype: counted}
+    assert found["facts"]["parameters"] == sum(found["facts"]["parameters_by_kind"].values()) == counted
+    assert found["facts"]["sizes"]["layers"] == 2 and found["facts"]["sizes"]["vocabulary"] == 256
+
+
+ADAPTERS = {
+    "row.safetensors": {"method": "bone", "grouping": "row", "form": "affine", "rank": 8, "layers": [1, 2]},
+    "lora.safetensors": {"method": "lora", "grouping": None, "rank": 4, "targets": ["q_proj"], "layers": "all"},
+    "full.safetensors": {"method": "full", "rank": None, "layers": "all"},
+    "miss.safetensors": {"method": "bone", "grouping": "miss", "rank": 8},
+    "rwkv-row.safetensors": {"method": "bone", "grouping": "row", "rank": 8},
+    "state.safetensors": {"method": "state", "grouping": None, "targets": []},
+    "rwkv-peft.pth": {"method": "bone", "grouping": "row", "rank": 8, "layers": [0, 2]},
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters(made, inspected, name):
+    found = inspected(made / name)
+    tensors = torch.load(made / name) if name.endswith(".pth") else load_file(made / name)
+    facts = found["facts"]
+    assert found["whole"] and {field: facts[field] for field in ADAPTERS[name]} == ADAPTERS[name]
+    assert facts["parameters"] == sum(facts["parameters_by_kind"].values()) == sum(tensor.numel() for tensor in tensors.values())
+    assert facts["tensors"] == len(tensors)
+    if name.endswith(".safetensors"):
+        base = made / ("rwkv.safetensors" if "rwkv" in name or "state" in name else "llama")
+        assert facts["base"]["path"] == str(base) and facts["base"]["now"] == "lies there" and facts["step"] == 3
+        assert facts["base"]["fingerprint"] == inspected(base)["facts"]["fingerprint"]
+
+
+def test_peft_directories(made, inspected):
+    facts = inspected(made / "peft")["facts"]
+    assert (facts["peft_type"], facts["init_weights"], facts["r"], facts["base"]["path"]) == ("MISS", True, 8, str(made / "llama"))
+    assert inspected(made / "peft/adapter_model.safetensors")["facts"] == facts
+    for directory in sorted((ROOT / "tests/fixtures/peft").glob("*/")):
+        assert inspected(directory)["what"] == f"PEFT adapter, {'BONE' if directory.name.startswith('bone') else 'MISS'}"
+
+
+def test_run(made, inspected):
+    facts = inspected(made / "run")["facts"]
+    last = {event["event"]: event for event in map(json.loads, (made / "run/events.jsonl").read_text().splitlines())}
+    assert facts["state"] == "ended after step 3 of 3" and facts["loss"] == last["step"]["loss"]
+    assert facts["held_out_loss"] == last["eval"]["loss"] and facts["model"] == str(made / "llama")
+    assert [one["step"] for one in facts["checkpoints"]] == [2, 3] and facts["adapter"]["step"] == 3
+    (source,) = facts["trained_on"]
+    assert source["samples"] == 40 and source["source"].endswith("rows.jsonl")
+    checkpoint = inspected(made / "run/checkpoints/step-00000002")["facts"]
+    adapter = inspected(made / "run/adapter.safetensors")["facts"]
+    assert checkpoint["step"] == 2 and checkpoint["grouping"] == "row" and checkpoint["trained_on"] == adapter["trained_on"] == [source]
+    assert checkpoint["parameters"] == adapter["parameters"] == facts["trainable_parameters"]
+
+
+def test_text(made, capsys, monkeypatch):
+    monkeypatch.chdir(made)
+    assert main(["inspect", "run/adapter.safetensors"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("run/adapter.safetensors: Bone adapter for llama, whole\n")
+    assert "grouping            row\n" in text and f"source {made}/rows.jsonl, samples 40" in text and "lies there" in text
+    assert "None" not in text
+
+
+def test_a_base_that_is_gone_or_another(made, copied, tmp_path, inspected):
+    base = copied("llama")
+    tiny_llama.random_adapter(base, tmp_path / "a.safetensors", rank=8)
+    assert inspected(tmp_path / "a.safetensors")["facts"]["base"]["now"] == "lies there"
+    tiny.write_model_with(tmp_path / "other", base, "model.norm.weight", 2.0)
+    shutil.rmtree(base)
+    assert "not on this machine" in inspected(tmp_path / "a.safetensors")["facts"]["base"]["now"]
+    (tmp_path / "other").rename(base)
+    assert "another model lies there" in inspected(tmp_path / "a.safetensors")["facts"]["base"]["now"]
+
+
+@pytest.fixture
+def refused(capsys):
+    def run(path, *says) -> None:
+        capsys.readouterr()
+        assert main(["inspect", str(path)]) == 2
+        output = capsys.readouterr()
+        message = output.err.removesuffix("\n")
+        assert output.out == "" and message.startswith("bone-ds: ") and "\n" not in message, message
+        assert all(part in message for part in says), message
+
+    return run
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def without(path: Path, part: str) -> None:
+    """The first tensor whose name holds the part is left out."""
+    from safetensors import safe_open
+
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    del tensors[next(name for name in tensors if part in name)]
+    save_file(tensors, path, metadata)
+
+
+def test_damaged_files(copied, refused):
+    for name in ("llama.gguf", "rwkv.pth", "rwkv.safetensors", "row.safetensors", "rwkv-peft.pth"):
+        path = copied(name)
+        cut(path)
+        refused(path, str(path))
+        path.write_bytes(b"")
+        refused(path, str(path))
+    model = copied("sharded")
+    shard = sorted(model.glob("model-*.safetensors"))[1]
+    cut(shard)
+    refused(model, str(shard), "ends at byte")
+    shard.unlink()
+    refused(model, str(shard))
+
+
+@pytest.mark.parametrize("name, part, says", [
+    ("row.safetensors", "k_proj", "k_proj"), ("lora.safetensors", "lora_B", "lora_B: is missing"),
+    ("rwkv-row.safetensors", "ffn.key", "ffn.key"),
+    ("state.safetensors", "blocks.0", "layers [1, 2)"), ("rwkv.safetensors", "blocks.1.att.key", "blocks.1.att.key.weight"),
+    ("full.safetensors", "norm", "norm")])
+def test_a_tensor_is_missing(copied, refused, name, part, says):
+    path = copied(name)
+    without(path, part)
+    refused(path, str(path), says)
+
+
+def test_missing_without_the_base_to_tell_it(copied, tmp_path, refused):
+    base = copied("llama")
+    tiny_llama.random_adapter(base, tmp_path / "a.safetensors", rank=8)
+    tiny_llama.random_adapter(base, tmp_path / "b.safetensors", rank=8, layers=[0, 2])
+    shutil.rmtree(base)
+    without(tmp_path / "a.safetensors", "layers.1.mlp.up_proj")
+    refused(tmp_path / "a.safetensors", "model.layers.1.mlp.up_proj")
+    tensors = load_file(tmp_path / "b.safetensors")
+    for name in tensors:
+        if "layers.1." in name:
+            without(tmp_path / "b.safetensors", name)
+    refused(tmp_path / "b.safetensors", "[0, 1)", "[0, 2]")
+
+
+def test_damaged_peft(copied, refused):
+    path = copied("peft")
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | {"r": 4}))
+    refused(path, "miss_block", "r 4")
+    (path / "adapter_config.json").write_text(json.dumps(config | {"target_modules": [*config["target_modules"], "c_attn"]}))
+    refused(path, "c_attn")
+    (path / "adapter_config.json").write_text("{")
+    refused(path, "adapter_config.json")
+    (path / "adapter_config.json").unlink()
+    refused(path, "holds no adapter_config.json")
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    cut(path / "adapter_model.safetensors")
+    refused(path, "adapter_model.safetensors", "damaged")
+    (path / "adapter_model.safetensors").unlink()
+    refused(path, "holds no adapter_model.safetensors")
+
+
+def test_damaged_checkpoint(copied, refused):
+    path = copied("run") / "checkpoints/step-00000002"
+    manifest = json.loads((path / "manifest.json").read_text())
+    cut(path / "state.safetensors")
+    refused(path, "state.safetensors", f"{manifest['state_bytes'] - 40} bytes", str(manifest["state_bytes"]))
+    (path / "state.safetensors").unlink()
+    refused(path, "state.safetensors: has no bytes")
+    fresh = path.with_name("step-00000003")
+    without(fresh / "state.safetensors", "exp_avg_sq/")
+    size = (fresh / "state.safetensors").stat().st_size
+    (fresh / "manifest.json").write_text(json.dumps(manifest | {"state_bytes": size}))
+    refused(fresh, "exp_avg_sq/", "is missing")
+    (fresh / "manifest.json").unlink()
+    refused(fresh, "manifest.json", "No such file")
+
+
+def test_a_run_that_is_not_whole_names_everything(copied, capsys):
+    run = copied("run")
+    cut(run / "checkpoints/step-00000002/state.safetensors")
+    shutil.rmtree(run / "checkpoints/step-00000003")
+    cut(run / "adapter.safetensors")
+    (run / "deepspeed.json").unlink()
+    with (run / "events.jsonl").open("a") as file:
+        file.write('{"event": "st')
+    (run / "checkpoints/step-00000004.partial").mkdir()
+    assert main(["inspect", str(run)]) == 2
+    text = capsys.readouterr().out
+    assert text.startswith(f"{run}: run directory, not whole\n")
+    problems = [line for line in text.splitlines() if line.startswith("  ! ")]
+    assert len(problems) == 4
+    for part in ("deepspeed.json: is missing", "step-00000002/state.safetensors", "step-00000003: is missing", "adapter.safetensors"):
+        assert sum(part in line for line in problems) == 1, text
+    assert "step-00000004.partial" in text and "torn lines" in text
+
+
+def test_a_run_that_was_stopped(copied, inspected):
+    run = copied("run")
+    events = (run / "events.jsonl").read_text().splitlines()
+    kept = [line for line in events if json.loads(line).get("step", 0) < 3 and json.loads(line)["event"] != "end"]
+    (run / "events.jsonl").write_text("\n".join(kept) + "\n")
+    assert inspected(run)["facts"]["state"].startswith("at step 2 of 3, not ended")
+
+
+def test_what_is_unknown(tmp_path, refused):
+    refused(tmp_path / "gone", "there is no such file or directory")
+    refused(tmp_path, "none of the directories", "config.json", "adapter_config.json", "config.yaml", "manifest.json")
+    (tmp_path / "notes.txt").write_text("notes")
+    refused(tmp_path / "notes.txt", "none of the files", ".pth", ".gguf")
+    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    refused(tmp_path / "a.safetensors", "is no RWKV6 model")
+    (tmp_path / "b.safetensors").write_bytes(struct.pack("<Q", 2**40))
+    refused(tmp_path / "b.safetensors", "no safetensors file")
+    torch.save({"blocks.0.att.key.lora_A": torch.ones(2, 2)}, tmp_path / "lora.pth")
+    refused(tmp_path / "lora.pth", "lora")
+    torch.save({"a": subprocess.Popen}, tmp_path / "code.pth")
+    refused(tmp_path / "code.pth", "Popen", "nothing in it was run")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    refused(tmp_path, "'gpt2'", "only 'llama'")
