@@ -79,6 +79,16 @@ class Placement(Protocol):
         """Copies a whole tensor into a placed parameter, in its dtype; every rank calls it, in the same order."""
 
 
+class Reading(Protocol):
+    """Documents that a model has read so far: its cache or state of them."""
+
+    def read(self, tokens: list[list[int]]) -> Tensor:
+        """Reads on in every document, one token at least; the logits (D, V) of what comes next."""
+
+    def keep(self, documents: list[int]) -> None:
+        """Forgets all documents but these, which are renumbered in this order."""
+
+
 class Architecture(Protocol):
     name: str
     targets: tuple[str, ...]
@@ -139,9 +149,8 @@ class Architecture(Protocol):
         Only where `carries_state`.
         """
 
-    def generate(self, model: nn.Module, prompts: list[list[int]], max_new_tokens: int, stop: int,
-                 choose: Callable[[Tensor], Tensor]) -> list[list[int]]:
-        """Continues every prompt until `stop`, which is left out, or max_new_tokens. choose: logits (D, V) -> tokens (D,)."""
+    def reading(self, model: nn.Module, documents: int) -> Reading:
+        """So many documents that the model has read nothing of."""
 
     def rewrite(self, source: Source, out: Path, change: Callable[[str, Tensor], Tensor], added: Mapping[str, Tensor]) -> None:
         """Writes the model to `out`, in the source's dtype and the form its name asks for, each weight as change(name, weight).

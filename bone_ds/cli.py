@@ -15,6 +15,7 @@ from bone_ds.errors import BoneError, CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from bone_ds.config import RunConfig
+    from bone_ds.generate import Sampling
 
 USER_ERROR = 2
 KILLED = 128 + 9
@@ -145,8 +146,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompts", type=Path, metavar="FILE", help='.jsonl of {"prompt": text} a line')
     generate.add_argument("--out", type=Path, metavar="FILE", help='write {"prompt": text, "completion": text} a line instead of printing')
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
-    generate.add_argument("--temperature", type=float, metavar="X", help="draw from softmax(logits / X)")
+    generate.add_argument("--stop", action="append", metavar="TEXT", default=[], help="end a completion before this text; many times")
+    generate.add_argument("--do-sample", action="store_true", help="draw tokens instead of taking the likeliest")
+    generate.add_argument("--temperature", type=float, metavar="X", help="draw from softmax(logits / X), default 1 with --do-sample")
+    generate.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens alone")
     generate.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest tokens that fill this share alone")
+    generate.add_argument("--repetition-penalty", type=float, metavar="R",
+                          help="make tokens that have been there less likely by this factor above 1, drawn or not")
     generate.add_argument("--seed", type=int, metavar="S", help="of the drawing, default 0")
     generate.add_argument("--ignore-eos", action="store_true", help="go on past the end of a text, up to --max-new-tokens")
     generate.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts that are continued together, default 16")
@@ -353,20 +359,37 @@ def _generate(options: argparse.Namespace, given: list[str]) -> int:
     from bone_ds.config import ModelConfig
 
     prompts = options.prompt or (generate.read_prompts(options.prompts) if options.prompts else [_stdin()])
-    choose = generate.most_likely
-    if options.temperature is not None:
-        choose = generate.sampler(options.temperature, 1.0 if options.top_p is None else options.top_p, options.seed or 0)
+    sampling = _sampling(options)
     cache = {"cache_dir": options.cache_dir} if options.cache_dir else {}
     model = ModelConfig(path=options.model, dtype=options.dtype, tokenizer=options.tokenizer, wkv=options.wkv, **cache)
     loaded = generate.load(model, options.adapter)
-    completions = generate.continuations(loaded, prompts, options.max_new_tokens, choose, options.batch_size, options.ignore_eos)
-    if options.out:
+    streams = len(prompts) == 1 and not options.out
+    completions = generate.continuations(
+        loaded, prompts, options.max_new_tokens, sampling.choice(), options.batch_size, options.ignore_eos, sampling, options.stop,
+        _show if streams else None)
+    if streams:
+        print()
+    elif options.out:
         aside = options.out.with_name(options.out.name + ".partial")
         aside.write_text(generate.as_jsonl(prompts, completions), encoding="utf-8")
         os.replace(aside, options.out)
     else:
         print(generate.as_text(prompts, completions))
     return 0
+
+
+def _sampling(options: argparse.Namespace) -> Sampling:
+    from bone_ds.generate import Sampling
+
+    fields = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    given = {field: getattr(options, field) for field in fields if getattr(options, field) is not None}
+    sampling = Sampling(do_sample=options.do_sample or options.temperature is not None, **given)
+    sampling.check()
+    return sampling
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def _check_generate(options: argparse.Namespace) -> None:
@@ -378,9 +401,12 @@ def _check_generate(options: argparse.Namespace) -> None:
     for option in ("max_new_tokens", "batch_size"):
         if getattr(options, option) < 1:
             raise ConfigError(f"--{option.replace('_', '-')}: {getattr(options, option)} is too small, give 1 or more")
-    for option in ("top_p", "seed"):
-        if getattr(options, option) is not None and options.temperature is None:
-            raise ConfigError(f"--{option.replace('_', '-')}: {getattr(options, option)} has no effect without --temperature, which draws")
+    for option in ("top_k", "top_p", "seed"):
+        if getattr(options, option) is not None and options.temperature is None and not options.do_sample:
+            raise ConfigError(f"--{option.replace('_', '-')}: {getattr(options, option)} has no effect without --do-sample or "
+                              "--temperature, which draw")
+    if "" in options.stop:
+        raise ConfigError("--stop: '' stands in every text; give one to stop at")
     _check_seed(options.seed or 0)
     if options.out and options.out.exists():
         raise ConfigError(f"--out: {options.out} exists already; name one to be made")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,10 @@ from bone_ds.data import prompt_ids
 from bone_ds.errors import CheckpointError, ConfigError, DataError
 from bone_ds.resolution import DTYPES
 
-_NO_TOKEN = -1
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+Choice = Callable[[Tensor], Tensor]
+"""logits (D, V) -> tokens (D,)"""
 
 
 @dataclass(frozen=True)
@@ -79,51 +82,162 @@ class _Changing:
             param.copy_(self.change(self.names[param], tensor))
 
 
-def continuations(loaded: Loaded, prompts: list[str], max_new_tokens: int, choose: Callable[[Tensor], Tensor],
-                  batch_size: int = 16, ignore_eos: bool = False) -> list[str]:
-    """Each prompt's continuation up to EOS, tokenised as in training; shortest prompts first. Raises DataError for an empty one.
+def generate(architecture: Architecture, model: nn.Module, prompts: list[list[int]], max_new_tokens: int, stop: Collection[int],
+             choose: Choice, repetition_penalty: float = 1.0, ended: Callable[[int, list[int]], bool] | None = None) -> list[list[int]]:
+    """Continues every prompt until a token of `stop`, which is left out, or max_new_tokens; finished ones leave the batch.
+
+    choose: logits (D, V) -> tokens (D,). ended: called with a prompt's index and its continuation after every token; true ends it.
+    """
+    continuations: list[list[int]] = [[] for _ in prompts]
+    reading = architecture.reading(model, len(prompts))
+    going_on, unread = list(range(len(prompts))), prompts
+    for _ in range(max_new_tokens):
+        logits = reading.read(unread)
+        if repetition_penalty != 1:
+            logits = penalised(logits, [prompts[index] + continuations[index] for index in going_on], repetition_penalty)
+        chosen = choose(logits).tolist()
+        kept = []
+        for place, (index, token) in enumerate(zip(going_on, chosen, strict=True)):
+            if token in stop:
+                continue
+            continuations[index].append(token)
+            if ended is None or not ended(index, continuations[index]):
+                kept.append(place)
+        if not kept:
+            break
+        if len(kept) < len(going_on):
+            reading.keep(kept)
+            going_on = [going_on[place] for place in kept]
+        unread = [[chosen[place]] for place in kept]
+    return continuations
+
+
+def continuations(loaded: Loaded, prompts: list[str], max_new_tokens: int, choose: Choice, batch_size: int = 16,
+                  ignore_eos: bool = False, sampling: Sampling | None = None, stops: Sequence[str] = (),
+                  show: Callable[[str], None] | None = None) -> list[str]:
+    """Each prompt's continuation up to EOS or a text of `stops`, tokenised as in training; shortest prompts first.
 
     With `ignore_eos` all go on to max_new_tokens: for models of bytes whose text holds the byte that is EOS, as UTF-16 does.
+    show: given the pieces of the text as they come, of one prompt alone. Raises DataError for an empty prompt.
     """
     ids = [prompt_ids(prompt, loaded.tokenizer) for prompt in prompts]
     for number, row in enumerate(ids, 1):
         if not row:
             raise DataError(f"prompt {number} of {len(ids)}: is empty, there is nothing to continue")
-    stop = _NO_TOKEN if ignore_eos else loaded.tokenizer.eos_token_id
+    assert show is None or len(prompts) == 1, "texts that come at once can't be shown one after the other"
+    stop = () if ignore_eos else (loaded.tokenizer.eos_token_id,)
+    penalty = sampling.repetition_penalty if sampling else 1.0
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     texts = [""] * len(ids)
     for start in range(0, len(order), batch_size):
         batch = order[start:start + batch_size]
-        rows = loaded.architecture.generate(loaded.model, [ids[index] for index in batch], max_new_tokens, stop, choose)
-        for index, row in zip(batch, rows, strict=True):
-            texts[index] = loaded.tokenizer.decode(row, skip_special_tokens=True)
+        streams = [TextStream(loaded.tokenizer, stops, show) for _ in batch]
+        ended = (lambda place, row, streams=streams: streams[place].follow(row)) if stops or show else None
+        rows = generate(loaded.architecture, loaded.model, [ids[index] for index in batch], max_new_tokens, stop, choose, penalty, ended)
+        for index, row, stream in zip(batch, rows, streams, strict=True):
+            texts[index] = stream.finish(row)
     return texts
+
+
+class TextStream:
+    """The text of tokens as they come, in pieces that are never taken back, up to the first of the stop texts, which is left out."""
+
+    def __init__(self, tokenizer, stops: Sequence[str] = (), show: Callable[[str], None] | None = None):
+        self._tokenizer = tokenizer
+        self._stops = stops
+        self._show = show
+        self._shown = 0
+
+    def follow(self, tokens: list[int]) -> bool:
+        """Takes all tokens so far; whether the text holds a stop text."""
+        text, stopped = self._text(tokens)
+        # A character that is not complete is U+FFFD until it is; and what may be the head of a stop text waits.
+        safe = len(text) if stopped else len(text.rstrip(_INCOMPLETE))
+        if not stopped:
+            safe -= max((size for stop in self._stops for size in range(1, len(stop)) if text[:safe].endswith(stop[:size])), default=0)
+        self._show_to(text, safe)
+        return stopped
+
+    def finish(self, tokens: list[int]) -> str:
+        """The whole text, of which what has not been shown is."""
+        text, _ = self._text(tokens)
+        self._show_to(text, len(text))
+        return text
+
+    def _text(self, tokens: list[int]) -> tuple[str, bool]:
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        ends = [place for place in map(text.find, self._stops) if place >= 0]
+        return (text[:min(ends)], True) if ends else (text, False)
+
+    def _show_to(self, text: str, end: int) -> None:
+        if self._show and end > self._shown:
+            self._show(text[self._shown:end])
+            self._shown = end
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn, by the names and in the order of transformers: penalty, temperature, top_k, top_p."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    """The likeliest tokens alone; 0 is all."""
+    top_p: float = 1.0
+    """The likeliest tokens alone that fill this share."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens that stand in the prompt or the continuation, and multiplies the negative ones."""
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises ConfigError naming the option."""
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ConfigError(f"--temperature: {self.temperature} is no temperature, give a number above 0, or leave it out for the "
+                              "likeliest token")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"--top-p: {self.top_p} is no share, give a number above 0 and up to 1")
+        if self.top_k < 0:
+            raise ConfigError(f"--top-k: {self.top_k} is no number of tokens, give 1 or more, or 0 for all")
+        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
+            raise ConfigError(f"--repetition-penalty: {self.repetition_penalty} is no factor, give a number above 0; 1 is none")
+
+    def choice(self) -> Choice:
+        """What chooses from logits (D, V) that are already penalised. Equal seeds draw equally where the batches are equal."""
+        self.check()
+        if not self.do_sample:
+            return most_likely
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def choose(logits: Tensor) -> Tensor:
+            shares, tokens = self.shares(logits)
+            drawn = torch.multinomial(shares, 1, generator=generator)
+            return tokens.gather(1, drawn)[:, 0].to(logits.device)
+
+        return choose
+
+    def shares(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """logits (D, V) -> fp64 shares (D, V) on the CPU, largest first, and the tokens they are of. They don't sum to 1."""
+        logits_below_the_largest = (logits - logits.amax(dim=-1, keepdim=True)).double().cpu()  # so that no quotient overflows
+        scaled, tokens = (logits_below_the_largest / self.temperature).sort(dim=-1, descending=True)
+        if self.top_k:
+            scaled[:, self.top_k:] = -math.inf
+        shares = scaled.softmax(dim=-1)
+        shares[shares.cumsum(dim=-1) - shares >= self.top_p] = 0  # the likeliest token always stays
+        return shares, tokens
+
+
+def penalised(logits: Tensor, seen: list[list[int]], penalty: float) -> Tensor:
+    """Logits (D, V) with those of each row's seen tokens made smaller by a penalty above 1."""
+    logits = logits.clone()
+    for row, tokens in zip(logits, seen, strict=True):
+        unique = torch.tensor(sorted(set(tokens)), device=logits.device)
+        row[unique] = torch.where(row[unique] < 0, row[unique] * penalty, row[unique] / penalty)
+    return logits
 
 
 def most_likely(logits: Tensor) -> Tensor:
     """(D, V) -> (D,)"""
     return logits.argmax(dim=-1)
-
-
-def sampler(temperature: float, top_p: float, seed: int) -> Callable[[Tensor], Tensor]:
-    """Draws from softmax(logits / temperature), of which the least likely tokens that fill 1 - top_p are left out.
-
-    Equal seeds draw equally where the batches are equal. Raises ConfigError.
-    """
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ConfigError(f"--temperature: {temperature} is no temperature, give a number above 0, or leave it out for the likeliest token")
-    if not 0 < top_p <= 1:
-        raise ConfigError(f"--top-p: {top_p} is no share, give a number above 0 and up to 1")
-    generator = torch.Generator().manual_seed(seed)
-
-    def choose(logits: Tensor) -> Tensor:
-        logits_below_the_largest = (logits - logits.amax(dim=-1, keepdim=True)).double().cpu()  # so that no quotient overflows
-        shares, tokens = (logits_below_the_largest / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-        shares[shares.cumsum(dim=-1) - shares >= top_p] = 0  # the likeliest token always stays
-        drawn = torch.multinomial(shares, 1, generator=generator)
-        return tokens.gather(1, drawn)[:, 0].to(logits.device)
-
-    return choose
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from bone_ds.arch import Inventory, Placement, Source, State
+    from bone_ds.arch import Inventory, Placement, Reading, Source, State
     from bone_ds.config import ModelConfig
 
 
@@ -94,11 +94,10 @@ class Llama:
     def head(self, model: nn.Module) -> nn.Parameter:
         return model.lm_head.weight
 
-    def generate(self, model: nn.Module, prompts: list[list[int]], max_new_tokens: int, stop: int,
-                 choose: Callable[[Tensor], Tensor]) -> list[list[int]]:
+    def reading(self, model: nn.Module, documents: int) -> Reading:
         from llama_adapters import generation
 
-        return generation.generate(model, prompts, max_new_tokens, stop, choose)
+        return generation.Reading(model, documents)
 
     def rewrite(self, source: Source, out: Path, change: Callable[[str, Tensor], Tensor],
                 added: Mapping[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from bone_ds.arch import Inventory, Placement, Source, State
+    from bone_ds.arch import Inventory, Placement, Reading, Source, State
     from bone_ds.config import ModelConfig
 
 
@@ -84,11 +84,10 @@ class Rwkv:
     def add_initial_state(self, model: nn.Module, first_layer: int, last_layer: int) -> dict[str, nn.Parameter]:
         return model.add_initial_state(first_layer, last_layer)
 
-    def generate(self, model: nn.Module, prompts: list[list[int]], max_new_tokens: int, stop: int,
-                 choose: Callable[[Tensor], Tensor]) -> list[list[int]]:
+    def reading(self, model: nn.Module, documents: int) -> Reading:
         from rwkv_adapters import generation
 
-        return generation.generate(model, prompts, max_new_tokens, stop, choose)
+        return generation.Reading(model, documents)
 
     def rewrite(self, source: Source, out: Path, change: Callable[[str, Tensor], Tensor],
                 added: Mapping[str, Tensor]) -> None:

@@ -1,8 +1,7 @@
-"""RWKV6 continues prompts from states: memory does not grow with the text."""
+"""RWKV6 reads on from states: memory does not grow with the text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import accumulate
 
 import torch
@@ -11,40 +10,36 @@ from torch import Tensor, nn
 from bone_ds.arch import State
 
 _SLICE_TOKENS = 2048
-"""Of all prompts together that are run at once."""
+"""Of all documents together that are run at once."""
 
 
-@torch.inference_mode()
-def generate(model: nn.Module, prompts: list[list[int]], max_new_tokens: int, stop: int,
-             choose: Callable[[Tensor], Tensor]) -> list[list[int]]:
-    """Continues every prompt until `stop`, which is left out, or max_new_tokens. choose: logits (D, V) -> tokens (D,).
+class Reading:
+    """`bone_ds.arch.Reading` of states: the documents stand in one row, each goes on from its own."""
 
-    The unfinished prompts are the documents of one row, each one token long; each document goes on from its state.
-    """
-    continuations: list[list[int]] = [[] for _ in prompts]
-    # Longest first: the prompts that reach into a slice are always the first ones, as are those that have a state.
-    documents = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    hidden, state = _read(model, [prompts[index] for index in documents])
-    for step in range(1, max_new_tokens + 1):
-        chosen = choose(hidden @ model.head.weight.T)
-        going_on = (chosen != stop).nonzero()[:, 0]
-        documents = [documents[index] for index in going_on.tolist()]
-        for document, token in zip(documents, chosen[going_on].tolist(), strict=True):
-            continuations[document].append(token)
-        if not documents or step == max_new_tokens:
-            break
-        if len(documents) < len(chosen):
-            state = tuple(part[going_on] for part in state)
-        hidden, state = model.hidden(chosen[going_on][None], (1,) * len(documents), state, slice(None))
-    return continuations
+    def __init__(self, model: nn.Module, documents: int):
+        self._model = model
+        self._state: State | None = None
+
+    @torch.inference_mode()
+    def read(self, tokens: list[list[int]]) -> Tensor:
+        # Longest first: the documents that reach into a slice are always the first ones.
+        order = sorted(range(len(tokens)), key=lambda index: -len(tokens[index]))
+        places = torch.tensor(order, device=self._model.head.weight.device).argsort()
+        state = None if self._state is None else tuple(part[order] for part in self._state)
+        hidden, state = _read(self._model, [tokens[index] for index in order], state)
+        self._state = tuple(part[places] for part in state)
+        return (hidden @ self._model.head.weight.T)[places]
+
+    def keep(self, documents: list[int]) -> None:
+        self._state = tuple(part[documents] for part in self._state)
 
 
-def _read(model: nn.Module, prompts: list[list[int]]) -> tuple[Tensor, State]:
-    """The hidden state (D, C) of each prompt's last token and the state after it; no prompt is longer than the one before."""
-    slice_length = max(1, _SLICE_TOKENS // len(prompts))
-    last_hidden, state = None, None
-    for start in range(0, len(prompts[0]), slice_length):
-        pieces = [prompt[start:start + slice_length] for prompt in prompts if len(prompt) > start]
+def _read(model: nn.Module, documents: list[list[int]], state: State | None) -> tuple[Tensor, State]:
+    """The hidden state (D, C) of each document's last token and the state after it; no document is longer than the one before."""
+    slice_length = max(1, _SLICE_TOKENS // len(documents))
+    last_hidden = None
+    for start in range(0, len(documents[0]), slice_length):
+        pieces = [document[start:start + slice_length] for document in documents if len(document) > start]
         lengths = tuple(map(len, pieces))
         tokens = torch.tensor([token for piece in pieces for token in piece], device=model.head.weight.device)[None]
         carried = None if state is None else tuple(part[:len(pieces)] for part in state)

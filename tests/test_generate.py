@@ -1,13 +1,21 @@
 """Text that is generated with a cache or a state is what the parallel forward says, one prompt at a time or many together."""
 
 import json
+import string
 
 import pytest
 import tiny_llama
 import tiny_rwkv
 import torch
 from tiny_rwkv_adapter import random_adapter as random_rwkv_adapter
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import llama_adapters
 import rwkv_adapters
@@ -17,9 +25,10 @@ from bone_ds.config import ModelConfig
 from bone_ds.errors import CheckpointError
 from bone_ds.merge import merge
 from rwkv_adapters import generation
+from rwkv_adapters.tokenizer import ByteTokenizer
 
 PROMPTS = [[5], [17, 3, 88, 41, 2, 2, 60, 33, 9, 11, 80], [60, 33, 9], [7, 7, 7, 7, 7, 7], [5]]
-NEVER = -1
+NEVER = ()
 
 
 class Llama:
@@ -66,34 +75,34 @@ class Recorder:
 def test_every_choice_is_made_on_the_parallel_forward_s_logits(kind, model):
     for prompt in PROMPTS:
         choose = Recorder()
-        (row,) = kind.architecture.generate(model, [prompt], 12, NEVER, choose)
+        (row,) = generate.generate(kind.architecture, model, [prompt], 12, NEVER, choose)
         parallel = kind.logits(model, prompt + row)[len(prompt) - 1:-1]
         torch.testing.assert_close(torch.cat(choose.shown), parallel, rtol=1e-5, atol=2e-5)
         assert row == parallel.argmax(-1).tolist() and len(row) == 12
 
 
 def test_together_as_one_by_one(kind, model):
-    alone = [kind.architecture.generate(model, [prompt], 12, NEVER, generate.most_likely)[0] for prompt in PROMPTS]
+    alone = [generate.generate(kind.architecture, model, [prompt], 12, NEVER, generate.most_likely)[0] for prompt in PROMPTS]
     assert len({tuple(row) for row in alone}) == 4  # the two equal prompts alone go on equally
     choose = Recorder()
-    assert kind.architecture.generate(model, PROMPTS, 12, NEVER, choose) == alone
+    assert generate.generate(kind.architecture, model, PROMPTS, 12, NEVER, choose) == alone
     assert [len(logits) for logits in choose.shown] == [5] * 12
 
 
 def test_finished_prompts_leave_the_batch(kind, model):
-    alone = [kind.architecture.generate(model, [prompt], 12, NEVER, generate.most_likely)[0] for prompt in PROMPTS]
+    alone = [generate.generate(kind.architecture, model, [prompt], 12, NEVER, generate.most_likely)[0] for prompt in PROMPTS]
     stop = alone[1][4]
     cut = [row[:row.index(stop)] if stop in row else row for row in alone]
     assert len({len(row) for row in cut}) > 1
     choose = Recorder()
-    assert kind.architecture.generate(model, PROMPTS, 12, stop, choose) == cut
+    assert generate.generate(kind.architecture, model, PROMPTS, 12, (stop,), choose) == cut
     assert [len(logits) for logits in choose.shown] == [sum(len(row) >= step for row in cut) for step in range(max(map(len, cut)) + 1)][:12]
 
 
 def test_stopped_at_once_and_a_single_token(kind, model):
-    (first,) = kind.architecture.generate(model, [PROMPTS[1]], 1, NEVER, generate.most_likely)
+    (first,) = generate.generate(kind.architecture, model, [PROMPTS[1]], 1, NEVER, generate.most_likely)
     assert len(first) == 1
-    assert kind.architecture.generate(model, [PROMPTS[1]], 12, first[0], generate.most_likely) == [[]]
+    assert generate.generate(kind.architecture, model, [PROMPTS[1]], 12, first, generate.most_likely) == [[]]
 
 
 @pytest.mark.parametrize("slice_tokens", [1, 2, 7, 15])
@@ -101,11 +110,11 @@ def test_rwkv_reads_long_prompts_in_slices(tmp_path, monkeypatch, slice_tokens):
     tiny_rwkv.save_tiny(tmp_path / "model.pth", initial_state=True)
     model = tiny_rwkv.built_and_loaded(tiny_rwkv.opened(tmp_path / "model.pth"))
     whole, sliced = Recorder(), Recorder()
-    rows = generation.generate(model, PROMPTS, 4, NEVER, whole)
+    rows = generate.generate(rwkv_adapters.ARCHITECTURE, model, PROMPTS, 4, NEVER, whole)
     monkeypatch.setattr(generation, "_SLICE_TOKENS", slice_tokens)
     longest, hidden = [], model.hidden
     monkeypatch.setattr(model, "hidden", lambda tokens, *rest: longest.append(tokens.shape[1]) or hidden(tokens, *rest))
-    assert generation.generate(model, PROMPTS, 4, NEVER, sliced) == rows
+    assert generate.generate(rwkv_adapters.ARCHITECTURE, model, PROMPTS, 4, NEVER, sliced) == rows
     torch.testing.assert_close(torch.stack(sliced.shown), torch.stack(whole.shown), rtol=1e-5, atol=1e-5)
     assert max(longest) <= max(slice_tokens, len(PROMPTS))
 
@@ -114,7 +123,7 @@ def test_llama_trains_on_as_before(tmp_path):
     tiny_llama.save_tiny(tmp_path)
     model = tiny_llama.built_and_loaded(tiny_llama.opened(tmp_path)).train()
     before = tiny_llama.logits(model, torch.tensor([PROMPTS[1]]))
-    llama_adapters.ARCHITECTURE.generate(model, PROMPTS, 3, NEVER, generate.most_likely)
+    generate.generate(llama_adapters.ARCHITECTURE, model, PROMPTS, 3, NEVER, generate.most_likely)
     assert torch.equal(tiny_llama.logits(model, torch.tensor([PROMPTS[1]])), before) and model.training
 
 
@@ -154,8 +163,8 @@ def test_an_initial_state_in_memory(tmp_path, layers):
     torch.testing.assert_close(Rwkv.logits(loaded.model, PROMPTS[1]), wanted, rtol=1e-5, atol=1e-5)
     assert (Rwkv.logits(base.model, PROMPTS[1]) - wanted).abs().max() > 0.01
     together = Recorder()
-    rwkv_adapters.ARCHITECTURE.generate(loaded.model, PROMPTS, 1, NEVER, together)
-    for logits, prompt in zip(together.shown[0], sorted(PROMPTS, key=lambda prompt: -len(prompt)), strict=True):
+    generate.generate(rwkv_adapters.ARCHITECTURE, loaded.model, PROMPTS, 1, NEVER, together)
+    for logits, prompt in zip(together.shown[0], PROMPTS, strict=True):
         torch.testing.assert_close(logits, Rwkv.logits(adapted, prompt)[-1], rtol=1e-5, atol=1e-5)
 
 
@@ -172,16 +181,101 @@ def test_an_adapter_of_another_model(kind, tmp_path):
         generate.load(ModelConfig(path=str(tmp_path / kind.model.replace("model", "wide"))), tmp_path / "a.safetensors")
 
 
+def drawer(temperature=1.0, top_p=1.0, seed=0):
+    return generate.Sampling(True, temperature, top_p=top_p, seed=seed).choice()
+
+
 def test_drawing_follows_the_shares():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(20_000, 4)
     for temperature, top_p, kept in [(1.0, 1.0, [0, 1, 2, 3]), (0.5, 1.0, [0, 1, 2, 3]), (1.0, 0.7, [1, 2]), (1.0, 1e-6, [2])]:
         shares = torch.zeros(4)
         shares[kept] = (logits[0] / temperature).exp()[kept]
-        drawn = torch.bincount(generate.sampler(temperature, top_p, 0)(logits), minlength=4) / len(logits)
+        drawn = torch.bincount(drawer(temperature, top_p)(logits), minlength=4) / len(logits)
         torch.testing.assert_close(drawn, shares / shares.sum(), rtol=0, atol=0.015)
-    assert torch.equal(generate.sampler(1e-300, 1.0, 0)(logits), logits.argmax(dim=-1)), "no quotient overflows"
-    first = generate.sampler(1.0, 1.0, 3)(logits)
-    assert torch.equal(first, generate.sampler(1.0, 1.0, 3)(logits)) and not torch.equal(first, generate.sampler(1.0, 1.0, 4)(logits))
+    assert torch.equal(drawer(1e-300)(logits), logits.argmax(dim=-1)), "no quotient overflows"
+    first = drawer(seed=3)(logits)
+    assert torch.equal(first, drawer(seed=3)(logits)) and not torch.equal(first, drawer(seed=4)(logits))
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (0.5, 12, 0.6), (1.0, 1, 1.0)])
+@pytest.mark.parametrize("penalty", [1.0, 1.7, 0.6])
+def test_shares_are_those_of_transformers(temperature, top_k, top_p, penalty):
+    logits = 3 * torch.randn(6, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    seen = torch.randint(0, 40, (6, 15), generator=torch.Generator().manual_seed(1))
+    warpers = [RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(temperature)]
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    wanted = LogitsProcessorList(warpers)(seen, logits).softmax(dim=-1)
+    sampling = generate.Sampling(True, temperature, top_k, top_p, penalty)
+    shares, tokens = sampling.shares(generate.penalised(logits, seen.tolist(), penalty))
+    shares = torch.zeros_like(logits).scatter(1, tokens, shares)
+    torch.testing.assert_close(shares / shares.sum(dim=-1, keepdim=True), wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_greedy_as_transformers_generate(tmp_path, penalty):
+    plain = tiny_llama.save_tiny(tmp_path).eval()
+    model = tiny_llama.built_and_loaded(tiny_llama.opened(tmp_path))
+    stop = (2, 40, 41)
+    rows = generate.generate(llama_adapters.ARCHITECTURE, model, PROMPTS, 20, stop, generate.most_likely, penalty)
+    lengths = set()
+    for prompt, row in zip(PROMPTS, rows, strict=True):
+        output = plain.generate(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+                                max_new_tokens=20, do_sample=False, repetition_penalty=penalty, eos_token_id=list(stop), pad_token_id=0)
+        wanted = output[0, len(prompt):].tolist()
+        assert row == (wanted[:-1] if wanted[-1] in stop else wanted)
+        lengths.add(len(row))
+    assert penalty == 1 or len({tuple(row) for row in rows}) == 4
+    assert any(len(set(row)) < len(row) for row in rows), "tokens repeat, or the penalty could not tell"
+
+
+@torch.no_grad()
+def test_read_on_after_an_answer_is_the_parallel_forward(kind, model):
+    """Documents of other lengths, some forgotten, several tokens at a time."""
+    pieces = [[[5, 6], [17], [9, 9, 3, 4]], [[60, 3, 88, 41], [2, 8, 8], [1]], [[7], [33, 9], [11, 80, 5]]]
+    reading = kind.architecture.reading(model, 3)
+    reading.read([piece[0] for piece in pieces])
+    reading.read([piece[1] for piece in pieces])
+    reading.keep([2, 0])
+    logits = reading.read([pieces[2][2], pieces[0][2]])
+    for found, document in zip(logits, (pieces[2], pieces[0]), strict=True):
+        torch.testing.assert_close(found, kind.logits(model, sum(document, []))[-1], rtol=1e-5, atol=2e-5)
+
+
+def streamed(tokenizer, tokens, stops=()):
+    pieces = []
+    stream = generate.TextStream(tokenizer, stops, pieces.append)
+    for end in range(1, len(tokens) + 1):
+        if stream.follow(tokens[:end]):
+            break
+    text = stream.finish(tokens[:end])
+    assert "".join(pieces) == text
+    return pieces, text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le"])
+@pytest.mark.parametrize("text", ["plain", "aé€😀z", "漢字かな", "😀", "a\ufffdb"])
+def test_pieces_are_the_text_whatever_its_bytes(encoding, text):
+    tokenizer = ByteTokenizer(encoding)
+    pieces, whole = streamed(tokenizer, tokenizer.encode(text))
+    assert whole == text and len(pieces) > 1 or len(text) == 1
+    damaged = tokenizer.encode(text)[:-1]
+    assert streamed(tokenizer, damaged)[1] == tokenizer.decode(damaged, skip_special_tokens=True)
+
+
+def test_broken_bytes_are_streamed_as_they_are_decoded():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        tokens = torch.randint(1, 256, (12,), generator=generator).tolist()
+        assert streamed(ByteTokenizer(), tokens)[1] == ByteTokenizer().decode(tokens, skip_special_tokens=True)
+
+
+def test_stop_texts_are_never_shown():
+    tokenizer = ByteTokenizer()
+    assert streamed(tokenizer, tokenizer.encode("one\n\nUser: two"), ["\n\nUser:"]) == (list("one"), "one")
+    pieces, text = streamed(tokenizer, tokenizer.encode("one\n\nUse it"), ["\n\nUser:", "it"])
+    assert text == "one\n\nUse " and pieces[:3] == list("one")
+    assert streamed(tokenizer, tokenizer.encode("ab\n"), ["\n\n"])[1] == "ab\n", "what might have been a stop text and wasn't is shown"
 
 
 @pytest.fixture
@@ -209,6 +303,11 @@ def test_command_line(here, capsys, monkeypatch):
     drawn = printed(capsys, "--prompt", "ab", "--temperature", "2", "--seed", "1")
     assert drawn == printed(capsys, "--prompt", "ab", "--temperature", "2", "--seed", "1") != one
     assert printed(capsys, "--prompt", "ab", "--temperature", "2", "--top-p", "1e-9") == one
+    assert printed(capsys, "--prompt", "ab", "--do-sample", "--top-k", "1") == one
+    favoured = ("--prompt", string.ascii_letters, "--repetition-penalty", "0.001")
+    again = printed(capsys, *favoured)
+    assert set(again) <= set(string.ascii_letters + "\n") and len(again) == 6, "what has been there is favoured"
+    assert printed(capsys, *favoured, "--stop", "nowhere", "--stop", again[-2]) == again[:again.index(again[-2])] + "\n"
 
 
 class Typed:
@@ -239,6 +338,10 @@ MISUSED = {
     "more than all": (["--prompt", "a", "--temperature", "1", "--top-p", "1.5"], ["--top-p: 1.5"]),
     "top-p alone": (["--prompt", "a", "--top-p", "0.5"], ["--top-p: 0.5", "--temperature"]),
     "seed alone": (["--prompt", "a", "--seed", "5"], ["--seed: 5", "--temperature"]),
+    "top-k alone": (["--prompt", "a", "--top-k", "5"], ["--top-k: 5", "--do-sample"]),
+    "negative top-k": (["--prompt", "a", "--do-sample", "--top-k", "-5"], ["--top-k: -5"]),
+    "no factor": (["--prompt", "a", "--repetition-penalty", "0"], ["--repetition-penalty: 0.0"]),
+    "stop at nothing": (["--prompt", "a", "--stop", ""], ["--stop: ''"]),
     "negative seed": (["--prompt", "a", "--temperature", "1", "--seed", "-5"], ["--seed: -5"]),
     "out exists": (["--prompt", "a", "--out", "text.jsonl"], ["--out: text.jsonl exists already"]),
     "out nowhere": (["--prompt", "a", "--out", "deep/o.jsonl"], ["--out: deep/o.jsonl", "no directory deep"]),
