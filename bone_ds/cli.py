@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +18,7 @@ from bone_ds.errors import BoneError, CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from bone_ds.config import RunConfig
-    from bone_ds.generate import Sampling
+    from bone_ds.generate import Loaded, Sampling
 
 USER_ERROR = 2
 KILLED = 128 + 9
@@ -143,6 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("model", help="a Hugging Face directory or hub id, a .gguf, .pth or .safetensors file")
     generate.add_argument("--adapter", type=Path, help="adapter.safetensors of a run, put on in memory")
     generate.add_argument("--prompt", action="append", metavar="TEXT", help="may be given many times; without prompts, all of stdin is one")
+    generate.add_argument("--chat", action="store_true", help="a conversation: a line a turn, Ctrl-C ends an answer, Ctrl-D the chat")
+    generate.add_argument("--chat-template", metavar="TEMPLATE", help="in place of the tokenizer's own: its text or a .jinja file")
     generate.add_argument("--prompts", type=Path, metavar="FILE", help='.jsonl of {"prompt": text} a line')
     generate.add_argument("--out", type=Path, metavar="FILE", help='write {"prompt": text, "completion": text} a line instead of printing')
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
@@ -356,13 +361,12 @@ def _merge(options: argparse.Namespace, given: list[str]) -> int:
 def _generate(options: argparse.Namespace, given: list[str]) -> int:
     _check_generate(options)
     from bone_ds import generate
-    from bone_ds.config import ModelConfig
 
+    if options.chat:
+        return _chat(options)
     prompts = options.prompt or (generate.read_prompts(options.prompts) if options.prompts else [_stdin()])
     sampling = _sampling(options)
-    cache = {"cache_dir": options.cache_dir} if options.cache_dir else {}
-    model = ModelConfig(path=options.model, dtype=options.dtype, tokenizer=options.tokenizer, wkv=options.wkv, **cache)
-    loaded = generate.load(model, options.adapter)
+    loaded = _loaded(options)
     streams = len(prompts) == 1 and not options.out
     completions = generate.continuations(
         loaded, prompts, options.max_new_tokens, sampling.choice(), options.batch_size, options.ignore_eos, sampling, options.stop,
@@ -376,6 +380,47 @@ def _generate(options: argparse.Namespace, given: list[str]) -> int:
     else:
         print(generate.as_text(prompts, completions))
     return 0
+
+
+def _loaded(options: argparse.Namespace) -> Loaded:
+    from bone_ds import generate
+    from bone_ds.config import ModelConfig
+
+    cache = {"cache_dir": options.cache_dir} if options.cache_dir else {}
+    model = ModelConfig(path=options.model, dtype=options.dtype, tokenizer=options.tokenizer, wkv=options.wkv, **cache)
+    return generate.load(model, options.adapter)
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from bone_ds.conversation import Conversation
+
+    sampling = _sampling(options)
+    choose = sampling.choice()
+    conversation = Conversation(_loaded(options), choose, options.max_new_tokens, sampling.repetition_penalty, options.chat_template)
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "")
+        except KeyboardInterrupt:
+            print()
+            continue
+        except EOFError:
+            print(end="\n" if sys.stdin.isatty() else "")
+            return 0
+        if text.strip():
+            with _interruptions() as interrupted:
+                conversation.answer(text, _show, lambda interrupted=interrupted: bool(interrupted))
+            print("\n")
+
+
+@contextlib.contextmanager
+def _interruptions() -> Iterator[list[int]]:
+    """A list that grows by what Ctrl-C sends, which ends nothing by itself meanwhile."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _sampling(options: argparse.Namespace) -> Sampling:
@@ -396,7 +441,12 @@ def _check_generate(options: argparse.Namespace) -> None:
     """What is wrong with the options, said before anything heavy is imported or a model read."""
     if options.prompt and options.prompts:
         raise ConfigError("--prompt and --prompts are both given; keep one")
-    if not options.prompt and not options.prompts and sys.stdin.isatty():
+    if options.chat and (options.prompt or options.prompts or options.out or options.stop or options.ignore_eos):
+        raise ConfigError("--chat: its prompts are typed and its answers shown; leave out --prompt, --prompts, --out, --stop and "
+                          "--ignore-eos")
+    if options.chat_template and not options.chat:
+        raise ConfigError("--chat-template: has no effect without --chat")
+    if not options.chat and not options.prompt and not options.prompts and sys.stdin.isatty():
         raise ConfigError("no prompt: give --prompt TEXT, --prompts FILE.jsonl, or a text on stdin")
     for option in ("max_new_tokens", "batch_size"):
         if getattr(options, option) < 1:

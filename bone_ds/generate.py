@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bone_ds import adapter_file, arch, merge
 from bone_ds.adapter_file import Header
-from bone_ds.arch import Architecture, Source
+from bone_ds.arch import Architecture, Reading, Source
 from bone_ds.config import ModelConfig
 from bone_ds.data import prompt_ids
 from bone_ds.errors import CheckpointError, ConfigError, DataError
@@ -83,13 +83,15 @@ class _Changing:
 
 
 def generate(architecture: Architecture, model: nn.Module, prompts: list[list[int]], max_new_tokens: int, stop: Collection[int],
-             choose: Choice, repetition_penalty: float = 1.0, ended: Callable[[int, list[int]], bool] | None = None) -> list[list[int]]:
+             choose: Choice, repetition_penalty: float = 1.0, ended: Callable[[int, list[int]], bool] | None = None,
+             reading: Reading | None = None) -> list[list[int]]:
     """Continues every prompt until a token of `stop`, which is left out, or max_new_tokens; finished ones leave the batch.
 
     choose: logits (D, V) -> tokens (D,). ended: called with a prompt's index and its continuation after every token; true ends it.
+    reading: has read what comes before the prompts, which the penalty doesn't see; by default nothing. The last token is not read.
     """
     continuations: list[list[int]] = [[] for _ in prompts]
-    reading = architecture.reading(model, len(prompts))
+    reading = reading or architecture.reading(model, len(prompts))
     going_on, unread = list(range(len(prompts))), prompts
     for _ in range(max_new_tokens):
         logits = reading.read(unread)

@@ -58,19 +58,19 @@ class ChatPrompt:
 def build_chat_prompt(data: DataConfig) -> ChatPrompt:
     """Raises ConfigError for a data.fields or a data.chat_template that can't be used."""
     columns = (columns_of(("messages",), data.fields)["messages"],) if data.fields else ("messages", "conversations")
-    return ChatPrompt(columns, data.chat_template and _template(data.chat_template))
+    return ChatPrompt(columns, data.chat_template and template_text(data.chat_template))
 
 
-def _template(given: str) -> str:
-    """A template, or the content of a .jinja file."""
+def template_text(given: str, option: str = "data.chat_template") -> str:
+    """A template, or the content of a .jinja file. Raises ConfigError, naming the option."""
     if not given.endswith(".jinja"):
         return given
     try:
         return Path(given).expanduser().read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"data.chat_template: {given}: can't be read: {error.strerror}") from None
+        raise ConfigError(f"{option}: {given}: can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"data.chat_template: {given}: is no UTF-8 text (byte {error.start})") from None
+        raise ConfigError(f"{option}: {given}: is no UTF-8 text (byte {error.start})") from None
 
 
 def encode(prompt: ChatPrompt, tokenizer, rows: Sequence[tuple[str, list[Turn]]]) -> list[Encoded]:

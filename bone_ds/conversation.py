@@ -1,0 +1,120 @@
+"""A conversation with a model: what it has read stays read, in its state or cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bone_ds.arch import Reading
+from bone_ds.data.chat import template_text
+from bone_ds.data.prompts import without_blank_lines
+from bone_ds.data.tokenization import eos_of
+from bone_ds.errors import DataError
+from bone_ds.generate import Choice, Loaded, TextStream, generate
+
+
+class Conversation:
+    """Turns through the tokenizer's chat template; where it knows none, as RWKV's, User: and Assistant: turns, as in training."""
+
+    def __init__(self, loaded: Loaded, choose: Choice, max_new_tokens: int, repetition_penalty: float = 1.0, template: str | None = None):
+        """template: in place of the tokenizer's own, as data.chat_template. Raises DataError where a Llama's tokenizer has none."""
+        self._loaded = loaded
+        self._choose = choose
+        self._max_new_tokens = max_new_tokens
+        self._penalty = repetition_penalty
+        self._wording = _Templated(loaded.tokenizer, template) if hasattr(loaded.tokenizer, "apply_chat_template") else _Plain(
+            loaded.tokenizer, template)
+        self._memory = _Memory(loaded)
+
+    def answer(self, text: str, show: Callable[[str], None], interrupted: Callable[[], bool] = lambda: False) -> str:
+        """The model's answer, shown as it comes. `interrupted` is asked after every token; what was said until then stays said."""
+        ids = self._wording.ask(text)
+        stream = TextStream(self._loaded.tokenizer, self._wording.stop_texts, show)
+        unread = self._memory.unread(ids)
+        (tokens,) = generate(
+            self._loaded.architecture, self._loaded.model, [unread], self._max_new_tokens, self._wording.stop_tokens, self._choose,
+            self._penalty, lambda _, tokens: stream.follow(tokens) or interrupted(), self._memory)
+        answer = stream.finish(tokens)
+        self._wording.answered(answer, tokens)
+        return answer
+
+
+class _Memory:
+    """`bone_ds.arch.Reading` of one document that knows what it has read."""
+
+    def __init__(self, loaded: Loaded):
+        self._loaded = loaded
+        self._reading: Reading | None = None
+        self._read: list[int] = []
+
+    def unread(self, ids: list[int]) -> list[int]:
+        """What of the document is still to be read: all of it, from the start, where it is not what was read and more."""
+        if self._reading is None or len(ids) <= len(self._read) or ids[:len(self._read)] != self._read:
+            self._reading, self._read = self._loaded.architecture.reading(self._loaded.model, 1), []
+        return ids[len(self._read):]
+
+    def read(self, tokens: list[list[int]]):
+        self._read += tokens[0]
+        return self._reading.read(tokens)
+
+    def keep(self, documents: list[int]) -> None:
+        assert documents == [0], "a conversation is one document"
+
+
+class _Templated:
+    """The conversation is rendered anew for every turn."""
+
+    stop_texts = ()
+
+    def __init__(self, tokenizer, template: str | None):
+        self._tokenizer = tokenizer
+        self._template = template and template_text(template, "--chat-template")
+        if self._template is None and not tokenizer.chat_template:
+            raise DataError("--chat: the tokenizer has no chat template; give one with --chat-template")
+        self._turns: list[dict[str, str]] = []
+        self.stop_tokens = {eos_of(tokenizer), *self._end_of_turn()}
+
+    def ask(self, text: str) -> list[int]:
+        self._turns.append({"role": "user", "content": text})
+        return self._ids(self._turns, asks=True)
+
+    def answered(self, answer: str, tokens: list[int]) -> None:
+        self._turns.append({"role": "assistant", "content": answer})
+
+    def _end_of_turn(self) -> set[int]:
+        """The added token that the template puts last: it may be another than EOS."""
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+        added = set(self._tokenizer.get_added_vocab().values())
+        before, after = self._ids(turns[:1], asks=True), self._ids(turns, asks=False)
+        return set([token for token in after[len(before):] if token in added][-1:])
+
+    def _ids(self, turns: list[dict[str, str]], asks: bool) -> list[int]:
+        try:
+            text = self._tokenizer.apply_chat_template(turns, chat_template=self._template, add_generation_prompt=asks, tokenize=False)
+        except Exception as error:  # a template raises what it likes
+            raise DataError(f"--chat: the chat template refuses turn {len(turns)}: {' '.join(str(error).split())[:160]}") from None
+        return self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+class _Plain:
+    """Each turn is tokenised by itself, as in training; a blank line ends it."""
+
+    stop_texts = ("\n\n",)
+
+    def __init__(self, tokenizer, template: str | None):
+        if template is not None:
+            raise DataError("--chat-template: this tokenizer knows no templates, turns are worded User: and Assistant:; remove it")
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self.stop_tokens = {eos_of(tokenizer)}
+
+    def ask(self, text: str) -> list[int]:
+        self._ids += self._encoded(f"User: {without_blank_lines(text)}\n\nAssistant:")
+        return self._ids
+
+    def answered(self, answer: str, tokens: list[int]) -> None:
+        self._ids = self._ids + tokens
+        if not self._tokenizer.decode(tokens).endswith("\n\n"):
+            self._ids += self._encoded("\n\n")
+
+    def _encoded(self, text: str) -> list[int]:
+        return self._tokenizer([text])["input_ids"][0]
