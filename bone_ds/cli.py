@@ -142,14 +142,14 @@ def _parser() -> argparse.ArgumentParser:
     merge.set_defaults(run=_merge)
 
     generate = commands.add_parser("generate", help="continue prompts with a model, and an adapter on it",
-                                   description="Continues prompts with the likeliest tokens, or as --temperature draws them.")
+                                   description="Continues prompts with the likeliest tokens, or drawn ones, or talks.")
     generate.add_argument("model", help="a Hugging Face directory or hub id, a .gguf, .pth or .safetensors file")
     generate.add_argument("--adapter", type=Path, help="adapter.safetensors of a run, put on in memory")
     generate.add_argument("--prompt", action="append", metavar="TEXT", help="may be given many times; without prompts, all of stdin is one")
-    generate.add_argument("--chat", action="store_true", help="a conversation: a line a turn, Ctrl-C ends an answer, Ctrl-D the chat")
-    generate.add_argument("--chat-template", metavar="TEMPLATE", help="in place of the tokenizer's own: its text or a .jinja file")
     generate.add_argument("--prompts", type=Path, metavar="FILE", help='.jsonl of {"prompt": text} a line')
     generate.add_argument("--out", type=Path, metavar="FILE", help='write {"prompt": text, "completion": text} a line instead of printing')
+    generate.add_argument("--chat", action="store_true", help="a conversation: a line a turn, Ctrl-C ends an answer, Ctrl-D the chat")
+    generate.add_argument("--chat-template", metavar="TEMPLATE", help="in place of the tokenizer's own: its text or a .jinja file")
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
     generate.add_argument("--stop", action="append", metavar="TEXT", default=[], help="end a completion before this text; many times")
     generate.add_argument("--do-sample", action="store_true", help="draw tokens instead of taking the likeliest")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bone_ds.arch import Reading
-from bone_ds.data.chat import template_text
+from bone_ds.data.chat_template import ChatTemplate, template_text
+from bone_ds.data.fields import Turn
 from bone_ds.data.prompts import without_blank_lines
 from bone_ds.data.tokenization import eos_of
 from bone_ds.errors import DataError
@@ -66,33 +67,28 @@ class _Templated:
     stop_texts = ()
 
     def __init__(self, tokenizer, template: str | None):
-        self._tokenizer = tokenizer
-        self._template = template and template_text(template, "--chat-template")
-        if self._template is None and not tokenizer.chat_template:
-            raise DataError("--chat: the tokenizer has no chat template; give one with --chat-template")
-        self._turns: list[dict[str, str]] = []
+        given = None if template is None else template_text(template, "--chat-template")
+        self._template = ChatTemplate(tokenizer, given, "--chat", "--chat-template")
+        self._turns: list[Turn] = []
         self.stop_tokens = {eos_of(tokenizer), *self._end_of_turn()}
 
     def ask(self, text: str) -> list[int]:
-        self._turns.append({"role": "user", "content": text})
+        self._turns.append(Turn("user", text))
         return self._ids(self._turns, asks=True)
 
     def answered(self, answer: str, tokens: list[int]) -> None:
-        self._turns.append({"role": "assistant", "content": answer})
+        self._turns.append(Turn("assistant", answer))
 
-    def _end_of_turn(self) -> set[int]:
-        """The added token that the template puts last: it may be another than EOS."""
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-        added = set(self._tokenizer.get_added_vocab().values())
-        before, after = self._ids(turns[:1], asks=True), self._ids(turns, asks=False)
-        return set([token for token in after[len(before):] if token in added][-1:])
+    def _end_of_turn(self) -> list[int]:
+        """The token with which the template ends an answer, as training has it: it may be another than EOS."""
+        question, answer = Turn("user", "a"), Turn("assistant", "a")
+        before, after = (self._template.render("--chat", turns, asks) for turns, asks in (([question], True), ([question, answer], False)))
+        (ids,) = self._template.tokens([after])
+        end, has_its_own = self._template.end(ids, after.removeprefix(before), answer.content)
+        return ids[end - 1:end] if has_its_own else []
 
-    def _ids(self, turns: list[dict[str, str]], asks: bool) -> list[int]:
-        try:
-            text = self._tokenizer.apply_chat_template(turns, chat_template=self._template, add_generation_prompt=asks, tokenize=False)
-        except Exception as error:  # a template raises what it likes
-            raise DataError(f"--chat: the chat template refuses turn {len(turns)}: {' '.join(str(error).split())[:160]}") from None
-        return self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    def _ids(self, turns: list[Turn], asks: bool) -> list[int]:
+        return self._template.tokens([self._template.render(f"--chat: turn {len(turns)}", turns, asks)])[0]
 
 
 class _Plain:

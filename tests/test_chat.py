@@ -131,6 +131,12 @@ def test_an_added_token_of_the_answer_is_no_end():
     assert learnt_texts(samples, 0, tokenizer) == ["assistant:b<|im_end|>\n</s>"]
 
 
+def test_an_answer_that_stands_in_the_name_of_its_end():
+    tokenizer = tokenizer_of(PLAIN)
+    samples = samples_of(tokenizer, [("user", "a"), ("assistant", "o")], chat_template=LLAMA3)
+    assert learnt_texts(samples, 0, tokenizer) == ["o<|eot_id|>"]
+
+
 @pytest.mark.parametrize("template", [SMOLLM2, LLAMA3, None], ids=["SmolLM2", "Llama 3", "RWKV"])
 def test_an_empty_answer_is_not_learnt(template):
     tokenizer = tokenizer_of(template) if template else ByteTokenizer()

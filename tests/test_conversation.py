@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import tiny_llama
 import tiny_rwkv
+from test_chat import DATED, LLAMA2, LLAMA3, PLAIN, SMOLLM2, tokenizer_of
 from tokenizers import decoders
 
+import llama_adapters
 from bone_ds import generate
 from bone_ds.config import ModelConfig
 from bone_ds.conversation import Conversation
-from bone_ds.errors import DataError
+from bone_ds.errors import BoneError, DataError
 from llama_adapters import generation as llama_generation
 from rwkv_adapters import generation as rwkv_generation
 
@@ -102,6 +104,33 @@ def test_an_answer_that_is_interrupted_is_part_of_the_conversation(rwkv, reads):
     conversation.answer("two", shown.append, lambda: True)
     once = [token for tokens in reads for token in tokens]
     assert rwkv.tokenizer.decode(once).startswith("User: one\n\nAssistant:") and "User: two\n\nAssistant:" in rwkv.tokenizer.decode(once)
+
+
+def conversation_of(tokenizer, template):
+    """Without a model: how turns are worded."""
+    return Conversation(generate.Loaded(llama_adapters.ARCHITECTURE, None, tokenizer), generate.most_likely, 8, template=template)
+
+
+@pytest.mark.parametrize(("template", "ends"), [
+    (SMOLLM2, ["</s>", "<|im_end|>"]), (LLAMA3, ["</s>", "<|eot_id|>"]), (LLAMA2, ["</s>"]), (PLAIN, ["</s>"])],
+    ids=["SmolLM2", "Llama 3", "Llama 2", "none of its own"])
+def test_an_answer_ends_as_training_ends_it(template, ends):
+    tokenizer = tokenizer_of(None)  # its EOS is </s>
+    assert sorted(tokenizer.convert_ids_to_tokens(conversation_of(tokenizer, template)._wording.stop_tokens)) == ends
+
+
+def test_a_template_that_asks_for_the_date_gets_the_one_of_training():
+    tokenizer = tokenizer_of(SMOLLM2)
+    assert "26 July 2024, 00" in tokenizer.decode(conversation_of(tokenizer, DATED)._wording.ask("hi"))
+
+
+@pytest.mark.parametrize(("template", "says"), [
+    ("{{ strftime_now('%d') }}\n{{ m[ }}", "--chat-template: line 2: "), ("gone.jinja", "--chat-template: gone.jinja: can't be read"),
+    ("{{ raise_exception('no,\nnever') }}", "--chat: the chat template refuses it: no,")])
+def test_a_template_that_can_not_be_used(template, says):
+    with pytest.raises(BoneError) as caught:
+        conversation_of(tokenizer_of(None), template)
+    assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
 
 
 def test_without_a_template(llama):

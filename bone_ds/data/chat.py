@@ -10,16 +10,16 @@ A tokenizer without templates, RWKV's, words turns as `user_assistant` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bone_ds.config import DataConfig
 from bone_ds.data import fields
+from bone_ds.data.chat_template import ChatTemplate, template_text
 from bone_ds.data.fields import Turn
 from bone_ds.data.prompts import columns_of, without_blank_lines
 from bone_ds.errors import ConfigError, DataError
@@ -29,12 +29,6 @@ Encoded = tuple[np.ndarray, np.ndarray]
 
 _NAMES = {"user": "User", "assistant": "Assistant", "system": "System"}
 _SHOWN_CHARACTERS = 30
-_DATE = {"%d": "26", "%-d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%Y": "2024", "%y": "24", "%a": "Fri", "%A": "Friday",
-         "%H": "00", "%M": "00", "%S": "00"}
-"""The day that Llama 3's template takes where nothing tells it the time."""
-_CLOCK = ("{%- macro strftime_now(layout) -%}{{ layout" + "".join(f"|replace('{code}', '{text}')" for code, text in _DATE.items())
-          + " }}{%- endmacro %}\n")
-"""Before a template that asks for the date: the wall clock would make other tokens every day. The line end is no part of the text."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +55,6 @@ def build_chat_prompt(data: DataConfig) -> ChatPrompt:
     return ChatPrompt(columns, data.chat_template and template_text(data.chat_template))
 
 
-def template_text(given: str, option: str = "data.chat_template") -> str:
-    """A template, or the content of a .jinja file. Raises ConfigError, naming the option."""
-    if not given.endswith(".jinja"):
-        return given
-    try:
-        return Path(given).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{option}: {given}: can't be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{option}: {given}: is no UTF-8 text (byte {error.start})") from None
-
-
 def encode(prompt: ChatPrompt, tokenizer, rows: Sequence[tuple[str, list[Turn]]]) -> list[Encoded]:
     """Each conversation up to the assistant's last turn; one without such a turn has nothing to learn. rows: places and turns.
 
@@ -82,25 +64,10 @@ def encode(prompt: ChatPrompt, tokenizer, rows: Sequence[tuple[str, list[Turn]]]
         if prompt.template is not None:
             raise ConfigError("data.chat_template: this tokenizer knows no templates, turns are worded User: and Assistant:; remove it")
         return [_as_user_assistant(place, turns, tokenizer) for place, turns in rows]
-    if prompt.template is None and not tokenizer.chat_template:
-        raise DataError("data.prompt: chat: the tokenizer has no chat template; give one with data.chat_template")
-
-    try:
-        template = tokenizer.get_chat_template(prompt.template)
-    except ValueError as error:  # several by name, and none of them is the default
-        raise DataError(f"data.prompt: chat: {str(error).splitlines()[0][:160]}; give one with data.chat_template") from None
-    if "strftime_now" in template:
-        template = _CLOCK + template
-
-    def render(turns: Sequence[Turn], asks: bool) -> str:
-        messages = [turn._asdict() for turn in turns]
-        return tokenizer.apply_chat_template(messages, chat_template=template, add_generation_prompt=asks, tokenize=False)
-
-    endings = {index: text for text, index in tokenizer.get_added_vocab().items()}
-    rendered = [_rendered(place, turns, render) for place, turns in rows]
-    texts = [text for one in rendered for text in one]
-    ids = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"] if texts else [])
-    return [_encoded(place, turns, one, list(islice(ids, len(one))), tokenizer, endings)
+    template = ChatTemplate(tokenizer, prompt.template)
+    rendered = [_rendered(place, turns, template) for place, turns in rows]
+    ids = iter(template.tokens([text for one in rendered for text in one]))
+    return [_encoded(place, turns, one, list(islice(ids, len(one))), template, tokenizer.eos_token_id)
             for (place, turns), one in zip(rows, rendered, strict=True)]
 
 
@@ -109,56 +76,30 @@ def _answers(turns: Sequence[Turn]) -> list[int]:
     return [index for index, turn in enumerate(turns) if turn.role == "assistant" and turn.content.strip()]
 
 
-def _rendered(place: str, turns: list[Turn], render: Callable[[Sequence[Turn], bool], str]) -> list[str]:
+def _rendered(place: str, turns: list[Turn], template: ChatTemplate) -> list[str]:
     """For every turn of the assistant, the conversation before it and the conversation with it."""
-    import jinja2
-
     answers = _answers(turns)
     if answers[:1] == [0]:
         raise DataError(f"{place}: turn 1 is the assistant's: nothing before it asks for it; remove that turn, or the row")
-    try:
-        return [text for index in answers for text in (render(turns[:index], True), render(turns[:index + 1], False))]
-    except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"data.chat_template: line {_line(error)}: {error.message}") from None
-    except Exception as error:  # a template raises what it likes
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:160]
-        raise DataError(f"{place}: the chat template refuses it: {reason}") from None
+    return [text for index in answers
+            for text in (template.render(place, turns[:index], True), template.render(place, turns[:index + 1], False))]
 
 
-def _line(error) -> int:
-    """Of the template as it was given."""
-    return error.lineno - _CLOCK.count("\n") if (error.source or "").startswith(_CLOCK) else error.lineno
-
-
-def _encoded(place: str, turns: list[Turn], texts: list[str], ids: list[list[int]], tokenizer, endings: dict[int, str]) -> Encoded:
+def _encoded(place: str, turns: list[Turn], texts: list[str], ids: list[list[int]], template: ChatTemplate, eos: int) -> Encoded:
     """texts: as `_rendered` gives them; ids: their tokens."""
     if not texts:
         return _NOTHING
     for number in range(1, len(ids)):
         if ids[number][:len(ids[number - 1])] != ids[number - 1]:
             raise DataError(_unsafe(place, _answers(turns)[number // 2] + 1, *texts[number - 1:number + 1]))
-    ends = [_end(after, text.rpartition(turns[index].content.strip())[2], endings, tokenizer)
-            for after, text, index in zip(ids[1::2], texts[1::2], _answers(turns), strict=True)]
-    tokens = ids[-1] if ends[-1][1] else [*ids[-1], tokenizer.eos_token_id]
+    ends = [template.end(after, text.removeprefix(before), turns[index].content)
+            for after, before, text, index in zip(ids[1::2], texts[::2], texts[1::2], _answers(turns), strict=True)]
+    tokens = ids[-1] if ends[-1][1] else [*ids[-1], eos]
     learnt = np.zeros(len(tokens), bool)
     for before, (end, _) in zip(ids[::2], ends, strict=True):
         learnt[len(before):end] = True
     learnt[len(ids[-1]):] = True  # EOS, where the template has no end of its own
     return np.array(tokens, np.int32), learnt
-
-
-def _end(ids: list[int], tail: str, endings: dict[int, str], tokenizer) -> tuple[int, bool]:
-    """Where the last turn ends, and whether a token of its own says so: EOS, or an added one of the template's.
-
-    tail: what the template puts behind the turn's content, which may itself end with an added token, such as one of a tool's.
-    What stands behind that token is white space between turns: a model that has said it is not asked to go on.
-    """
-    for end in range(len(ids), 0, -1):
-        if ids[end - 1] == tokenizer.eos_token_id or ids[end - 1] in endings and endings[ids[end - 1]] in tail:
-            return end, True
-        if tokenizer.decode(ids[end - 1:end]).strip():
-            break
-    return len(ids), False
 
 
 def _unsafe(place: str, turn: int, before: str, after: str) -> str:
