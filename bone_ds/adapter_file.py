@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bone_ds import tensor_file
 from bone_ds.arch import Architecture, Source
+from bone_ds.bone.grouping import matches, shape_pattern
 from bone_ds.config import AdapterConfig, ModelConfig, RunConfig
 from bone_ds.errors import CheckpointError
 from bone_ds.tensor_file import save_file
@@ -182,17 +183,15 @@ def _check_tensor(path: Path, header: Header, name: str, tensor: Tensor) -> None
 
 def _check_shape(path: Path, header: Header, name: str, tensor: Tensor) -> None:
     rank = header.rank
-    bone = (rank, None) if header.grouping == "miss" else (2, None, rank, rank) if header.form == "unconstrained" else (None, rank, rank)
-    expected = {
-        "bone": {"bone": bone},
-        "lora": {"lora_A": (rank, None), "lora_B": (None, rank)},
-        "state": {"time_state": (None, None, None)},
-    }[header.method]
+    if header.method == "bone":
+        expected = {"bone": shape_pattern(header.grouping, rank, header.form or "affine")}
+    else:
+        expected = {"lora": {"lora_A": (rank, None), "lora_B": (None, rank)}, "state": {"time_state": (None, None, None)}}[header.method]
     part = name.rpartition(".")[2]
     if part not in expected:
         raise CheckpointError(f"{path}: {name}: method {header.method!r} has no such tensor")
     shape = expected[part]
-    if len(shape) != tensor.dim() or any(want not in (None, have) for want, have in zip(shape, tensor.shape)):
+    if not matches(tensor.shape, shape):
         fit = f"does not fit rank {rank}" if rank else f"is not {len(shape)}-dimensional"
         if header.method == "bone":
             fit += f", grouping {header.grouping!r}, form {header.form or 'affine'!r}"

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -18,6 +20,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tiny_rwkv_adapter import random_adapter as random_rwkv_adapter
 
+from bone_ds import BoneConfig, BoneModel
 from bone_ds.cli import main
 from bone_ds.formats import peft, rwkv_peft
 
@@ -37,6 +40,7 @@ def made(tmp_path_factory):
     tiny_llama.random_adapter(directory / "llama", directory / "lora.safetensors", method="lora", rank=4, targets=["q_proj"])
     tiny_llama.random_adapter(directory / "llama", directory / "full.safetensors", method="full")
     tiny_llama.random_adapter(directory / "llama", directory / "miss.safetensors", rank=8, grouping="miss")
+    tiny_llama.random_adapter(directory / "llama", directory / "free.safetensors", rank=8, grouping="free", groups=2, form="unconstrained")
     random_rwkv_adapter(directory / "rwkv.safetensors", directory / "rwkv-row.safetensors", rank=8)
     random_rwkv_adapter(directory / "rwkv.safetensors", directory / "state.safetensors", method="state")
     peft.export_adapter(directory / "miss.safetensors", directory / "peft")
@@ -102,6 +106,7 @@ ADAPTERS = {
     "lora.safetensors": {"method": "lora", "grouping": None, "rank": 4, "targets": ["q_proj"], "layers": "all"},
     "full.safetensors": {"method": "full", "rank": None, "layers": "all"},
     "miss.safetensors": {"method": "bone", "grouping": "miss", "rank": 8},
+    "free.safetensors": {"method": "bone", "grouping": "free", "groups": 2, "form": "unconstrained", "rank": 8},
     "rwkv-row.safetensors": {"method": "bone", "grouping": "row", "rank": 8},
     "state.safetensors": {"method": "state", "grouping": None, "targets": []},
     "rwkv-peft.pth": {"method": "bone", "grouping": "row", "rank": 8, "layers": [0, 2]},
@@ -128,6 +133,53 @@ def test_peft_directories(made, inspected):
     assert inspected(made / "peft/adapter_model.safetensors")["facts"] == facts
     for directory in sorted((ROOT / "tests/fixtures/peft").glob("*/")):
         assert inspected(directory)["what"] == f"PEFT adapter, {'BONE' if directory.name.startswith('bone') else 'MISS'}"
+
+
+BONE_MODELS = {
+    "row": {"grouping": "row"}, "col": {"init_weights": "bat"}, "left": {"grouping": "left"}, "miss": {},
+    "free": {"grouping": "free", "groups": 2}, "unconstrained": {"grouping": "row", "form": "unconstrained"},
+    "hadamard": {"grouping": "col", "form": "hadamard"}}
+
+
+def bone_model(**options) -> BoneModel:
+    return BoneModel(tiny_llama.tiny_model(), BoneConfig(r=8, target_modules=["q_proj", "down_proj", "c_attn"], **options))
+
+
+@pytest.mark.parametrize("name", BONE_MODELS)
+def test_directories_of_bone_model(tmp_path, inspected, name):
+    bone_model(modules_to_save=["lm_head"], **BONE_MODELS[name]).save_pretrained(tmp_path)
+    found = inspected(tmp_path)
+    facts = found["facts"]
+    asked = {"grouping": {"unconstrained": "row", "hadamard": "col"}.get(name, name), "groups": BONE_MODELS[name].get("groups"),
+             "form": name if name in ("unconstrained", "hadamard") else "affine", "r": 8, "modules_to_save": ["lm_head"]}
+    assert found["what"] == "PEFT adapter, BONE" and {field: facts[field] for field in asked} == asked
+    assert facts["targets_without_tensors"] == ["c_attn"], "a model may lack a target"
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert facts["parameters"] == sum(tensor.numel() for tensor in tensors.values()) > 96 * 32
+
+
+def test_adapters_by_name(tmp_path, inspected, refused):
+    model = bone_model()
+    model.add_adapter("second", BoneConfig(r=4, target_modules=["v_proj"]))
+    model.save_pretrained(tmp_path)
+    facts, second = (inspected(path)["facts"] for path in (tmp_path, tmp_path / "second"))
+    assert facts["further_adapters"] == ["second"] and (second["r"], second["tensors"]) == (4, 2)
+    for path in tmp_path.glob("adapter_*"):
+        path.unlink()
+    refused(tmp_path, "inspect one of them: second")
+
+
+@pytest.mark.parametrize("options, changes, says", [
+    ({"grouping": "row"}, {"r": 4}, "r 4, grouping row"), ({"grouping": "row"}, {"grouping": "miss"}, "grouping miss"),
+    ({"grouping": "row"}, {"form": "unconstrained"}, "form unconstrained"), ({}, {"groups": 2}, "groups: 2"),
+    ({"grouping": "free", "groups": 2}, {"groups": 4}, "does not fit"),
+    ({"grouping": "free", "groups": 2}, {"groups": None}, "groups: None"),
+    ({}, {"grouping": "diagonal"}, "'diagonal' is unknown"), ({}, {"grouping": [1]}, "describes no adapter")])
+def test_damaged_bone_model(tmp_path, refused, options, changes, says):
+    bone_model(**options).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | changes))
+    refused(tmp_path, str(tmp_path), says)
 
 
 def test_run(made, inspected):
@@ -237,8 +289,8 @@ def test_damaged_peft(copied, refused):
     config = json.loads((path / "adapter_config.json").read_text())
     (path / "adapter_config.json").write_text(json.dumps(config | {"r": 4}))
     refused(path, "miss_block", "r 4")
-    (path / "adapter_config.json").write_text(json.dumps(config | {"target_modules": [*config["target_modules"], "c_attn"]}))
-    refused(path, "c_attn")
+    (path / "adapter_config.json").write_text(json.dumps(config | {"r": None}))
+    refused(path, "r: None is no block size")
     (path / "adapter_config.json").write_text("{")
     refused(path, "adapter_config.json")
     (path / "adapter_config.json").unlink()
@@ -291,6 +343,21 @@ def test_a_run_that_was_stopped(copied, inspected):
     kept = [line for line in events if json.loads(line).get("step", 0) < 3 and json.loads(line)["event"] != "end"]
     (run / "events.jsonl").write_text("\n".join(kept) + "\n")
     assert inspected(run)["facts"]["state"].startswith("at step 2 of 3, not ended")
+
+
+PAGES = [ROOT / name for name in ("docs/generate.md", "README.md")]
+COMMANDS = sorted({line.partition("  #")[0].strip() for page in PAGES
+                   for line in re.findall(r"^bone-ds inspect .*$", page.read_text(encoding="utf-8"), re.MULTILINE)})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_pages_runs(made, tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/rwkv6-metamath").symlink_to(made / "run")
+    Path("RWKV-x060-World-1B6.pth").symlink_to(made / "rwkv.pth")
+    assert len(COMMANDS) >= 3 and main(shlex.split(command)[1:]) == 0
+    assert "whole" in capsys.readouterr().out
 
 
 def test_what_is_unknown(tmp_path, refused):

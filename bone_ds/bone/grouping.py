@@ -7,7 +7,7 @@ trainable B (G, r, r). `miss` alone cuts W into shards of r inputs, all of which
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +100,18 @@ def bone_shape(grouping: str, out_features: int, in_features: int, r: int, form:
     one = named(grouping).shape(out_features, in_features, r, groups)
     trainables = forms.named(form, grouping).trainables
     return one if trainables == 1 else (trainables, *one)
+
+
+def shape_pattern(grouping: str, r: int, form: str = "affine", groups: int | None = None) -> tuple[int | None, ...]:
+    """The shape of B for a layer that isn't known: None for what follows from the layer."""
+    trainables = forms.FORMS[form].trainables
+    one = (r, None) if grouping == "miss" else (groups, r, r)
+    return one if trainables == 1 else (trainables, *one)
+
+
+def matches(shape: Sequence[int], pattern: Sequence[int | None]) -> bool:
+    """Whether a tensor's shape is one of a `shape_pattern`."""
+    return len(shape) == len(pattern) and all(want in (None, have) for want, have in zip(pattern, shape))
 
 
 def fits(grouping: str, out_features: int, in_features: int, r: int, groups: int | None = None) -> bool:

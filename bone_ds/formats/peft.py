@@ -25,11 +25,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from bone_ds import adapter_file, arch, tensor_file
+from bone_ds import adapter_file, arch, bone, tensor_file
 from bone_ds.adapter_file import FORMAT_VERSION, Header
 from bone_ds.arch import Architecture, Source
+from bone_ds.bone.grouping import matches, shape_pattern
 from bone_ds.config import ModelConfig
-from bone_ds.errors import CheckpointError, ConfigError
+from bone_ds.errors import CheckpointError, ConfigError, InjectionError
 from bone_ds.formats.coverage import rectangle
 from bone_ds.formats.output import check_absent, chosen_dtype, write_aside
 from bone_ds.merge import check_fit
@@ -93,7 +94,7 @@ def export_adapter(path: Path, out: Path, dtype: str = "auto", reader: str = "pe
 def outline(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration, of any peft_type, and the tensors without data, from headers alone. Raises CheckpointError.
 
-    Of MISS and BONE the shapes are held against the configuration.
+    Of MISS and BONE the shapes are held against the configuration, which tells grouping and form whoever wrote it.
     """
     config = _read_json(path)
     if not (path / WEIGHTS).exists():
@@ -101,25 +102,30 @@ def outline(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors, _ = tensor_file.outline(path / WEIGHTS)
     if not tensors:
         raise CheckpointError(f"{path}: {WEIGHTS} holds no tensors")
-    targets = config.get("target_modules")
-    for target in targets if isinstance(targets, list) else ():
-        if not any(f".{target}." in name for name in tensors):
-            raise CheckpointError(f"{path}: {WEIGHTS} has no tensor for {target}, one of {CONFIG}'s target_modules")
     if config.get("peft_type") in ("MISS", "BONE") and config.get("init_weights") != "mini":
+        _check_sizes(path, config)
         _check_blocks(path, config, tensors)
+        config |= {"grouping": _grouping(path, config), "form": _form(config)}
     return config, tensors
 
 
+def adapters_in(path: Path) -> list[str]:
+    """The subdirectories that hold one: `save_pretrained` makes them for adapters not called default, a Trainer for checkpoints."""
+    return sorted(file.parent.name for file in path.glob(f"*/{CONFIG}"))
+
+
 def _check_blocks(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Of the groupings that PEFT has."""
-    rank = config.get("r")
-    wanted = {"miss": (rank, None), "col": (None, rank, rank)}.get(_grouping(path, config))
+    """That the layers' tensors have shapes of this block size, grouping and form; what was trained whole beside them has any."""
+    grouping, form = _grouping(path, config), _form(config)
+    try:
+        bone.resolve("auto", grouping, form)
+    except (InjectionError, TypeError) as error:  # TypeError: names that are lists
+        raise CheckpointError(f"{path}: its {CONFIG} describes no adapter: {error}") from None
+    pattern = shape_pattern(grouping, config["r"], form, config.get("groups"))
     for name, tensor in tensors.items():
-        if wanted is None or not _TENSOR.fullmatch(name):
-            continue
-        if len(wanted) != tensor.dim() or any(want not in (None, have) for want, have in zip(wanted, tensor.shape)):
-            raise CheckpointError(f"{path}: {name}: has shape {tuple(tensor.shape)}, which does not fit {CONFIG}'s r {rank}, "
-                                  f"init_weights {config.get('init_weights')!r}")
+        if _TENSOR.fullmatch(name) and not matches(tensor.shape, pattern):
+            raise CheckpointError(f"{path}: {name}: has shape {tuple(tensor.shape)}, which does not fit {CONFIG}'s r {config['r']}, "
+                                  f"grouping {grouping}, form {form}")
 
 
 def _check_has_form(path: Path, header: Header, reader: str) -> None:
@@ -159,8 +165,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         if config.get(field) not in (None, [], "none"):
             raise CheckpointError(f"{path}: {field}: {config[field]!r} was trained beside the adapter, which adapter.safetensors can't "
                                   "hold; BoneModel.from_pretrained loads it")
-    if not isinstance(config.get("r"), int) or isinstance(config["r"], bool) or config["r"] < 1:
-        raise CheckpointError(f"{path}: r: {config.get('r')!r} is no block size")
+    _check_sizes(path, config)
     return config
 
 
@@ -174,6 +179,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: its {CONFIG} holds a {type(config).__name__}, not a JSON object")
     return config
+
+
+def _check_sizes(path: Path, config: dict[str, Any]) -> None:
+    if not isinstance(config.get("r"), int) or isinstance(config["r"], bool) or config["r"] < 1:
+        raise CheckpointError(f"{path}: r: {config.get('r')!r} is no block size")
+    grouping = _grouping(path, config)
+    if (config.get("groups") is None) == (grouping == "free"):
+        raise CheckpointError(f"{path}: groups: {config.get('groups')!r} with grouping {grouping!r}: free alone has them")
+
+
+def _form(config: dict[str, Any]) -> str:
+    return config.get("form") or "affine"
 
 
 def _grouping(path: Path, config: dict[str, Any]) -> str:
@@ -222,14 +239,11 @@ def _header(path: Path, config: dict[str, Any], tensors: dict[str, Tensor], arch
     with torch.device("meta"):
         model = architecture.build(source, torch.float32)
     layers, targets = _coverage(path, tensors, architecture, model, source)
-    grouping = _grouping(path, config)
-    if (config.get("groups") is None) == (grouping == "free"):
-        raise CheckpointError(f"{path}: groups: {config.get('groups')!r} with grouping {grouping!r}: free alone has them")
     header = Header(
-        format_version=FORMAT_VERSION, architecture=architecture.name, method="bone", grouping=grouping, rank=config["r"],
-        alpha=None, targets=[target for target in architecture.targets if target in targets],
+        format_version=FORMAT_VERSION, architecture=architecture.name, method="bone", grouping=_grouping(path, config),
+        rank=config["r"], alpha=None, targets=[target for target in architecture.targets if target in targets],
         layers=None if layers == (0, len(architecture.layers(model))) else list(layers), base=source.origin,
-        base_revision=source.revision, base_dtype="bf16", base_fingerprint=source.fingerprint, step=0, form=config.get("form") or "affine",
+        base_revision=source.revision, base_dtype="bf16", base_fingerprint=source.fingerprint, step=0, form=_form(config),
         groups=config.get("groups"))
     adapter_file.check_describes_adapter(path, header, f"its {CONFIG}")
     return header

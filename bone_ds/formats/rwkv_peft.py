@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from bone_ds import adapter_file, arch
 from bone_ds.adapter_file import FORMAT_VERSION, Header
 from bone_ds.arch import Source
-from bone_ds.bone.grouping import bone_shape
+from bone_ds.bone.grouping import bone_shape, matches, shape_pattern
 from bone_ds.config import ModelConfig
 from bone_ds.errors import CheckpointError, ConfigError
 from bone_ds.formats.coverage import rectangle
@@ -110,9 +110,8 @@ def outline(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, str | None,
     first = next(iter(tensors.values()))
     grouping = "miss" if kind == "disha" and first.dim() == 2 else "row"
     rank = len(first) if grouping == "miss" else first.shape[-1]
-    wanted = (rank, None) if grouping == "miss" else (None, rank, rank)
     for name, tensor in tensors.items():
-        if tensor.dim() != len(wanted) or any(want not in (None, have) for want, have in zip(wanted, tensor.shape)):
+        if not matches(tensor.shape, shape_pattern(grouping, rank)):
             raise CheckpointError(f"{path}: {name}: has shape {tuple(tensor.shape)}, other tensors have block size {rank}")
     return "bone", grouping, rank, layers, sorted(modules)
 

@@ -13,8 +13,8 @@ from bone_ds.inspection.report import Inspection
 
 __all__ = ["Inspection", "inspect"]
 
-_DIRECTORIES = ("a model (config.json, *.safetensors), a PEFT adapter (adapter_config.json), a run (config.yaml, events.jsonl), "
-                "a checkpoint (manifest.json)")
+_DIRECTORIES = ("a model (config.json, *.safetensors), an adapter of PEFT or BoneModel (adapter_config.json), a run (config.yaml, "
+                "events.jsonl), a checkpoint (manifest.json)")
 _FILES = "a model (.pth, .safetensors, .gguf) and an adapter (.safetensors, .pth)"
 
 
@@ -48,6 +48,8 @@ def _directory(path: Path) -> Inspection:
         return runs.inspect_checkpoint(path)
     if holds("config.yaml", "events.jsonl", "adapter.safetensors"):
         return runs.inspect_run(path)
+    if named := peft.adapters_in(path):
+        raise CheckpointError(f"{path}: holds adapters in directories of their own, inspect one of them: {', '.join(named)}")
     raise CheckpointError(f"{path}: is none of the directories that are looked for: {_DIRECTORIES}")
 
 

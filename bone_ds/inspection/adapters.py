@@ -40,14 +40,23 @@ def inspect_adapter(path: Path) -> Inspection:
 
 
 def inspect_peft(directory: Path) -> Inspection:
-    """Of any peft_type. Raises CheckpointError."""
+    """Of any peft_type; BoneModel's is BONE. Raises CheckpointError."""
     config, tensors = peft.outline(directory)
-    counts = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
-    fields = ("peft_type", "init_weights", "grouping", "form", "groups", "r", "target_modules", "layers_to_transform", "modules_to_save")
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+    fields = ("peft_type", "init_weights", "grouping", "form", "groups", "r", "target_modules", "exclude_modules", "layers_to_transform",
+              "modules_to_save", "bias")
     return Inspection(str(directory), f"PEFT adapter, {config.get('peft_type')}", {
         "size_bytes": models.size_bytes(directory), **{field: config.get(field) for field in fields},
-        "parameters": sum(tensor.numel() for tensor in tensors.values()), "tensors": len(tensors), "dtype": ", ".join(counts),
-        "base": {"path": config.get("base_model_name_or_path"), "revision": config.get("revision")}})
+        "targets_without_tensors": _without_tensors(config, tensors),
+        "parameters": sum(tensor.numel() for tensor in tensors.values()), "tensors": len(tensors), "dtype": ", ".join(dtypes),
+        "base": {"path": config.get("base_model_name_or_path"), "revision": config.get("revision")},
+        "further_adapters": peft.adapters_in(directory)})
+
+
+def _without_tensors(config: dict[str, object], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Target modules by name that are not in the file: a model may lack some of them, so that is no damage."""
+    targets = config.get("target_modules")
+    return [target for target in targets if not any(f".{target}." in name for name in tensors)] if isinstance(targets, list) else []
 
 
 def inspect_rwkv_peft(path: Path, tensors: Mapping[str, Tensor]) -> Inspection:

@@ -27,6 +27,7 @@ def read(run: RunDirectory) -> Events:
     for number, line in enumerate(lines, 1):
         try:
             event = json.loads(line)
+            _ = event["time"] + 0.0
             last[event["event"]] = event
         except (ValueError, RecursionError, TypeError, KeyError):
             torn.append(number)

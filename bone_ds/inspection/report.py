@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
-_PLAIN = ("step", "steps", "rank", "groups", "revision")
+_PLAIN = ("step", "steps", "rank", "r", "groups", "revision")
 """Numbers that are written without separators."""
 
 

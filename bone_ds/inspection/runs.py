@@ -64,6 +64,7 @@ def _configured(config: RunConfig) -> dict[str, object]:
     bone, ranked = adapter.method == "bone", adapter.method in ("bone", "lora")
     return {"model": config.model.path, "dtype": config.model.dtype, "method": adapter.method,
             "grouping": adapter.grouping if bone else None, "form": adapter.form if bone else None,
+            "groups": adapter.groups if bone else None,
             "rank": adapter.rank if ranked and adapter.has_rank else None,
             "targets": list(adapter.targets or ()) or None, "layers": list(adapter.layers or ()) or "all"}
 
@@ -78,7 +79,7 @@ def _check_recorded(problems: list[str], run: RunDirectory, found: Events) -> No
     recorded = found.last.get("checkpoint")
     if recorded is None:
         return
-    path = run.path / recorded["path"]
+    path = run.path / str(recorded.get("path"))
     if path not in checkpoint.existing(run.checkpoints):
         problems.append(f"{path}: is missing or without its manifest.json; events.jsonl says it was written")
     if not run.adapter.exists():
