@@ -8,8 +8,10 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -161,6 +163,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, metavar="S", help="of the drawing, default 0")
     generate.add_argument("--ignore-eos", action="store_true", help="go on past the end of a text, up to --max-new-tokens")
     generate.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts that are continued together, default 16")
+    generate.add_argument("--ranks", type=int, metavar="N", help="local processes that share the prompts, each with the whole model")
+    generate.add_argument("--share", type=Path, help=argparse.SUPPRESS)  # where a rank that the command itself starts writes to
     generate.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     generate.add_argument("--tokenizer", default="auto", help="RWKV6: see model.tokenizer in `bone-ds config`")
     generate.add_argument("--wkv", choices=("auto", "naive", "chunked", "c", "fla"), default="auto",
@@ -360,26 +364,80 @@ def _merge(options: argparse.Namespace, given: list[str]) -> int:
 
 def _generate(options: argparse.Namespace, given: list[str]) -> int:
     _check_generate(options)
-    from bone_ds import generate
-
     if options.chat:
         return _chat(options)
+    from bone_ds import generate
+
     prompts = options.prompt or (generate.read_prompts(options.prompts) if options.prompts else [_stdin()])
     sampling = _sampling(options)
-    loaded = _loaded(options)
-    streams = len(prompts) == 1 and not options.out
-    completions = generate.continuations(
-        loaded, prompts, options.max_new_tokens, sampling.choice(), options.batch_size, options.ignore_eos, sampling, options.stop,
-        _show if streams else None)
-    if streams:
+    if launch.current():
+        return _generate_share(options, prompts, sampling, launch.current())
+    if options.ranks and options.ranks > 1:
+        return _generate_on_ranks(options, prompts, given)
+    if len(prompts) == 1 and not options.out:
+        _completions(options, _loaded(options), prompts, sampling, _show)
         print()
-    elif options.out:
-        aside = options.out.with_name(options.out.name + ".partial")
-        aside.write_text(generate.as_jsonl(prompts, completions), encoding="utf-8")
-        os.replace(aside, options.out)
     else:
-        print(generate.as_text(prompts, completions))
+        _put_out(options, prompts, _completions(options, _loaded(options), prompts, sampling))
     return 0
+
+
+def _generate_on_ranks(options: argparse.Namespace, prompts: list[str], given: list[str]) -> int:
+    from bone_ds import prompt_shares
+
+    with tempfile.TemporaryDirectory(prefix="bone-ds-") as directory:
+        code = launch.start([*given, "--share", directory], options.ranks)
+        if code == KILLED:
+            print("bone-ds: a rank was killed by signal 9, as the system does when memory runs out\n"
+                  "Every rank holds the whole model: give fewer --ranks, or a smaller --batch-size", file=sys.stderr)
+        elif told := prompt_shares.error(Path(directory)):
+            _report(BoneError(told))
+        elif code == 0:
+            _put_out(options, prompts, prompt_shares.together(Path(directory), len(prompts)))
+    return code
+
+
+def _generate_share(options: argparse.Namespace, prompts: list[str], sampling: Sampling, ranks: launch.Ranks) -> int:
+    """One rank that `bone-ds generate` has started, which says what is wrong."""
+    from bone_ds import engine, prompt_shares
+
+    engine.device(ranks)  # the rank's own GPU, or its share of the cores
+    try:
+        prompt_shares.write(options.share, ranks, _texts_of_share(options, prompts, sampling, ranks))
+    except BoneError as error:
+        prompt_shares.write_error(options.share, ranks, str(error))
+        return USER_ERROR
+    return 0
+
+
+def _texts_of_share(options: argparse.Namespace, prompts: list[str], sampling: Sampling, ranks: launch.Ranks) -> dict[int, str]:
+    """By place."""
+    from bone_ds import generate, prompt_shares
+
+    loaded = _loaded(options)
+    lengths = [len(ids) for ids in generate.encoded(prompts, loaded.tokenizer)]  # of all: every rank refuses the same prompt
+    places = prompt_shares.places(lengths, ranks)
+    own = replace(sampling, seed=prompt_shares.seed(sampling.seed, ranks))
+    return dict(zip(places, _completions(options, loaded, [prompts[place] for place in places], own), strict=True))
+
+
+def _completions(options: argparse.Namespace, loaded: Loaded, prompts: list[str], sampling: Sampling,
+                 show: Callable[[str], None] | None = None) -> list[str]:
+    from bone_ds import generate
+
+    return generate.continuations(loaded, prompts, options.max_new_tokens, sampling.choice(), options.batch_size, options.ignore_eos,
+                                  sampling.repetition_penalty, options.stop, show)
+
+
+def _put_out(options: argparse.Namespace, prompts: list[str], completions: list[str]) -> None:
+    from bone_ds import generate
+
+    if not options.out:
+        print(generate.as_text(prompts, completions))
+        return
+    aside = options.out.with_name(options.out.name + ".partial")
+    aside.write_text(generate.as_jsonl(prompts, completions), encoding="utf-8")
+    os.replace(aside, options.out)
 
 
 def _loaded(options: argparse.Namespace) -> Loaded:
@@ -446,10 +504,11 @@ def _check_generate(options: argparse.Namespace) -> None:
                           "--ignore-eos")
     if options.chat_template and not options.chat:
         raise ConfigError("--chat-template: has no effect without --chat")
+    _check_generate_ranks(options)
     if not options.chat and not options.prompt and not options.prompts and sys.stdin.isatty():
         raise ConfigError("no prompt: give --prompt TEXT, --prompts FILE.jsonl, or a text on stdin")
-    for option in ("max_new_tokens", "batch_size"):
-        if getattr(options, option) < 1:
+    for option in ("max_new_tokens", "batch_size", "ranks"):
+        if getattr(options, option) is not None and getattr(options, option) < 1:
             raise ConfigError(f"--{option.replace('_', '-')}: {getattr(options, option)} is too small, give 1 or more")
     for option in ("top_k", "top_p", "seed"):
         if getattr(options, option) is not None and options.temperature is None and not options.do_sample:
@@ -462,6 +521,15 @@ def _check_generate(options: argparse.Namespace) -> None:
         raise ConfigError(f"--out: {options.out} exists already; name one to be made")
     if options.out and not options.out.parent.is_dir():
         raise ConfigError(f"--out: {options.out}: there is no directory {options.out.parent}")
+
+
+def _check_generate_ranks(options: argparse.Namespace) -> None:
+    if launch.current() and not options.share:
+        raise ConfigError("generate: starts its ranks itself, run it without a launcher and give --ranks")
+    if options.ranks and options.chat:
+        raise ConfigError(f"--ranks: {options.ranks}, but a conversation is one process's; leave it out with --chat")
+    if options.ranks and not options.prompt and not options.prompts:
+        raise ConfigError(f"--ranks: {options.ranks} share the prompts of --prompts or --prompt; give some")
 
 
 def _stdin() -> str:

@@ -115,30 +115,36 @@ def generate(architecture: Architecture, model: nn.Module, prompts: list[list[in
 
 
 def continuations(loaded: Loaded, prompts: list[str], max_new_tokens: int, choose: Choice, batch_size: int = 16,
-                  ignore_eos: bool = False, sampling: Sampling | None = None, stops: Sequence[str] = (),
+                  ignore_eos: bool = False, repetition_penalty: float = 1.0, stops: Sequence[str] = (),
                   show: Callable[[str], None] | None = None) -> list[str]:
     """Each prompt's continuation up to EOS or a text of `stops`, tokenised as in training; shortest prompts first.
 
     With `ignore_eos` all go on to max_new_tokens: for models of bytes whose text holds the byte that is EOS, as UTF-16 does.
     show: given the pieces of the text as they come, of one prompt alone. Raises DataError for an empty prompt.
     """
-    ids = [prompt_ids(prompt, loaded.tokenizer) for prompt in prompts]
-    for number, row in enumerate(ids, 1):
-        if not row:
-            raise DataError(f"prompt {number} of {len(ids)}: is empty, there is nothing to continue")
+    ids = encoded(prompts, loaded.tokenizer)
     assert show is None or len(prompts) == 1, "texts that come at once can't be shown one after the other"
     stop = () if ignore_eos else (loaded.tokenizer.eos_token_id,)
-    penalty = sampling.repetition_penalty if sampling else 1.0
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     texts = [""] * len(ids)
     for start in range(0, len(order), batch_size):
         batch = order[start:start + batch_size]
         streams = [TextStream(loaded.tokenizer, stops, show) for _ in batch]
         ended = (lambda place, row, streams=streams: streams[place].follow(row)) if stops or show else None
-        rows = generate(loaded.architecture, loaded.model, [ids[index] for index in batch], max_new_tokens, stop, choose, penalty, ended)
+        rows = generate(loaded.architecture, loaded.model, [ids[index] for index in batch], max_new_tokens, stop, choose,
+                        repetition_penalty, ended)
         for index, row, stream in zip(batch, rows, streams, strict=True):
             texts[index] = stream.finish(row)
     return texts
+
+
+def encoded(prompts: list[str], tokenizer) -> list[list[int]]:
+    """The tokens of each prompt. Raises DataError for an empty one."""
+    ids = [prompt_ids(prompt, tokenizer) for prompt in prompts]
+    for number, row in enumerate(ids, 1):
+        if not row:
+            raise DataError(f"prompt {number} of {len(ids)}: is empty, there is nothing to continue")
+    return ids
 
 
 class TextStream:

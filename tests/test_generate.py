@@ -1,7 +1,10 @@
 """Text that is generated with a cache or a state is what the parallel forward says, one prompt at a time or many together."""
 
 import json
+import re
+import shlex
 import string
+from pathlib import Path
 
 import pytest
 import tiny_llama
@@ -19,7 +22,7 @@ from transformers import (
 
 import llama_adapters
 import rwkv_adapters
-from bone_ds import generate
+from bone_ds import generate, launch
 from bone_ds.cli import main
 from bone_ds.config import ModelConfig
 from bone_ds.errors import CheckpointError
@@ -27,6 +30,7 @@ from bone_ds.merge import merge
 from rwkv_adapters import generation
 from rwkv_adapters.tokenizer import ByteTokenizer
 
+ROOT = Path(__file__).parents[1]
 PROMPTS = [[5], [17, 3, 88, 41, 2, 2, 60, 33, 9, 11, 80], [60, 33, 9], [7, 7, 7, 7, 7, 7], [5]]
 NEVER = ()
 
@@ -345,6 +349,9 @@ MISUSED = {
     "a prompt in a chat": (["--chat", "--prompt", "a"], ["--chat", "--prompt"]),
     "a template without a chat": (["--prompt", "a", "--chat-template", "x"], ["--chat-template", "--chat"]),
     "a template for bytes": (["--chat", "--chat-template", "x"], ["--chat-template", "knows no templates"]),
+    "ranks of a chat": (["--chat", "--ranks", "2"], ["--ranks: 2", "--chat"]),
+    "ranks for stdin": (["--ranks", "2"], ["--ranks: 2", "--prompts"]),
+    "no ranks": (["--prompt", "a", "--ranks", "0"], ["--ranks: 0"]),
     "negative seed": (["--prompt", "a", "--temperature", "1", "--seed", "-5"], ["--seed: -5"]),
     "out exists": (["--prompt", "a", "--out", "text.jsonl"], ["--out: text.jsonl exists already"]),
     "out nowhere": (["--prompt", "a", "--out", "deep/o.jsonl"], ["--out: deep/o.jsonl", "no directory deep"]),
@@ -367,6 +374,42 @@ def test_misuse(here, capsys, monkeypatch, case):
     assert output.out == "" and message.startswith("bone-ds: ") and "\n" not in message, message
     assert all(part in message for part in says), message
     assert sorted(here.iterdir()) == before
+
+
+def commands_of(page: str) -> list[list[str]]:
+    """Those of `bone-ds generate` in the page's blocks; their texts may reach over lines."""
+    blocks = re.findall(r"^```\n(bone-ds generate .*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    found = [shlex.split(command, comments=True) for block in blocks for command in re.split(r"^bone-ds ", block, flags=re.MULTILINE)[1:]]
+    assert len(found) >= 2
+    return found
+
+
+@pytest.mark.parametrize("command", [command for page in ("README.md", "docs/generate.md") for command in commands_of(page)], ids=" ".join)
+def test_every_command_of_the_pages_runs(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    tiny_rwkv.save_tiny(tmp_path / "merged.pth", vocabulary=256)
+    tiny_rwkv.save_tiny(tmp_path / "RWKV-x060-World-1B6.pth", vocabulary=256)
+    (tmp_path / "runs/rwkv6-metamath").mkdir(parents=True)
+    random_rwkv_adapter("RWKV-x060-World-1B6.pth", tmp_path / "runs/rwkv6-metamath/adapter.safetensors", rank=8)
+    (tmp_path / "questions.jsonl").write_text('{"prompt": "a"}\n')
+    started = []
+    monkeypatch.setattr(launch, "start", lambda given, ranks: started.append(ranks) or 1)  # test_prompt_shares starts some
+    monkeypatch.setattr("builtins.input", typed("hello"))
+    assert main(command) == (1 if "--ranks" in command else 0) and started == ([2] if "--ranks" in command else [])
+    assert (tmp_path / "answers.jsonl").exists() == ("--out" in command and not started)
+
+
+def typed(*lines: str):
+    """In place of `input`: the lines, then the end of the file."""
+    waiting = iter(lines)
+
+    def read(prompt: str) -> str:
+        try:
+            return next(waiting)
+        except StopIteration:
+            raise EOFError from None
+
+    return read
 
 
 @pytest.mark.parametrize("model, says", [
