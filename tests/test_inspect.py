@@ -212,6 +212,9 @@ def test_a_base_that_is_gone_or_another(made, copied, tmp_path, inspected):
     tiny.write_model_with(tmp_path / "other", base, "model.norm.weight", 2.0)
     shutil.rmtree(base)
     assert "not on this machine" in inspected(tmp_path / "a.safetensors")["facts"]["base"]["now"]
+    base.mkdir()
+    assert "no whole model" in inspected(tmp_path / "a.safetensors")["facts"]["base"]["now"]
+    base.rmdir()
     (tmp_path / "other").rename(base)
     assert "another model lies there" in inspected(tmp_path / "a.safetensors")["facts"]["base"]["now"]
 

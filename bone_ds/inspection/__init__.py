@@ -61,7 +61,7 @@ def _safetensors(path: Path) -> Inspection:
     siblings = {file.name for file in path.absolute().parent.iterdir()}
     if path.name == peft.WEIGHTS or path.name == "state.safetensors" and "manifest.json" in siblings:
         return _directory(path.absolute().parent)
-    if "config.json" in siblings and any(name.startswith("model.") for name in tensors):
+    if "config.json" in siblings and any(name.startswith(("model.", "lm_head.")) for name in tensors):
         return _directory(path.absolute().parent)
     return models.inspect_model(path, arch.resolve(ModelConfig(path=str(path))))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from bone_ds import adapter_file, arch, merge
 from bone_ds.adapter_file import Header
 from bone_ds.arch import Architecture
-from bone_ds.errors import CheckpointError
+from bone_ds.errors import BoneError, CheckpointError
 from bone_ds.formats import peft, rwkv_peft
 from bone_ds.formats.coverage import rectangle
 from bone_ds.inspection import models
@@ -107,9 +107,12 @@ def _check_coverage(path: Path, header: Header, tensors: Mapping[str, Tensor]) -
 
 def _base_now(path: Path, header: Header, tensors: dict[str, Tensor], architecture: Architecture) -> str:
     """What lies today where the base lay in training; raises CheckpointError where it is the base and the adapter does not fit."""
-    source = models.at(header.base)
-    if source is None:
+    if not Path(header.base).expanduser().exists():
         return "not on this machine at that path"
+    try:
+        source = models.at(header.base)
+    except BoneError:
+        return "what lies there is no whole model"
     if not source.fingerprint:
         return "a .gguf, whose fingerprint only its conversion tells"
     if source.fingerprint != header.base_fingerprint:

@@ -10,7 +10,6 @@ import torch
 from bone_ds import arch
 from bone_ds.arch import Architecture, Source
 from bone_ds.config import ModelConfig
-from bone_ds.errors import BoneError
 from bone_ds.inspection.report import Inspection
 
 _TITLES = {"llama": "Llama model", "rwkv": "RWKV6 model"}
@@ -43,15 +42,10 @@ def size_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def at(path: str) -> Source | None:
-    """The model that lies at a path or hub id, where that is a path on this machine and a model is there."""
-    if not Path(path).expanduser().exists():
-        return None
-    try:
-        model = ModelConfig(path=path)
-        return arch.resolve(model).inventory(model).source
-    except BoneError:
-        return None
+def at(path: str) -> Source:
+    """The model at a path of this machine. Raises CheckpointError where it is not whole, or none."""
+    model = ModelConfig(path=path)
+    return arch.resolve(model).inventory(model).source
 
 
 def _parameters_by_kind(architecture: Architecture, source: Source) -> dict[str, int]:

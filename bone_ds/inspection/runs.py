@@ -18,16 +18,17 @@ _FILES = ("config.yaml", "deepspeed.json", "events.jsonl", "log.txt")
 def inspect_checkpoint(path: Path) -> Inspection:
     """Raises CheckpointError where a file is missing, cut off, or lacks a tensor."""
     manifest, tensors = checkpoint.outline(path)
-    run = RunDirectory(path.absolute().parents[1])
+    run = RunDirectory(path.absolute().parent.parent)
     facts = {"size_bytes": models.size_bytes(path), "step": manifest.step, "world_size": manifest.world_size}
-    if run.adapter.exists():
+    is_of_run = run.checkpoints == path.absolute().parent  # it may have been copied elsewhere
+    if is_of_run and run.adapter.exists():
         header, _ = adapter_file.outline(run.adapter)
         facts |= adapters.form_of(header) | adapters.sizes(arch.load(header.architecture), tensors) | {"base": header.base}
     else:
         facts |= {"parameters": sum(tensor.numel() for tensor in tensors.values()), "tensors": len(tensors)}
     return Inspection(str(path), "training checkpoint: adapter and optimizer state", facts | {
         "base_fingerprint": manifest.base_fingerprint, "data_fingerprint": manifest.data_fingerprint,
-        "trained_on": events.trained_on(run)})
+        "trained_on": events.trained_on(run) if is_of_run else None})
 
 
 def inspect_run(path: Path) -> Inspection:
