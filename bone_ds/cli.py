@@ -214,7 +214,7 @@ def _add_base(command: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace, given: list[str]) -> int:
-    from bone_ds import ds_json
+    from bone_ds import ds_json, monitoring
     from bone_ds.config import load_config
     from bone_ds.run_directory import RunDirectory
 
@@ -228,7 +228,7 @@ def _train(options: argparse.Namespace, given: list[str]) -> int:
     ranks = launch.current()
     if ranks is None:
         world_size = options.ranks if options.ranks is not None else max(1, launch.count_gpus())
-        ds_json.resolve(config, max(1, world_size))
+        monitoring.check_installed(ds_json.resolve(config, max(1, world_size)))
         code = launch.start(given, world_size)
         if code == KILLED:
             print("bone-ds: a rank was killed by signal 9, as the system does when memory runs out\n"

@@ -177,9 +177,11 @@ class TrainConfig(Section):
     global_batch_size: int = Field(8, ge=1, description="Packs (samples without packing) in one optimizer step, over all ranks.")
     micro_batch_size: int = Field(1, ge=1, description="Packs (samples) in one forward pass on one rank; accumulation follows from it.")
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Course of the learning rate after the warm-up.")
+    schedule: Literal["cosine", "linear", "constant", "cosine_restarts", "exponential"] = Field(
+        "cosine", description="Course of the learning rate after the warm-up; cosine_restarts falls train.cycles times from the peak.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
-    final_lr_ratio: float = Field(0.0, ge=0, le=1, description="Learning rate at the end as a share of the peak (cosine, linear).")
+    final_lr_ratio: float = Field(0.0, ge=0, le=1, description="Learning rate at the end as a share of the peak; not for constant.")
+    cycles: int | None = Field(None, ge=2, description="cosine_restarts: how many cycles share the steps after the warm-up; default 2.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay on the adapter.")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment decay.")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment decay.")
@@ -200,6 +202,8 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="Order of the data, and LoRA's first matrix.")
     eval_every: int = Field(
         50, ge=0, description="Steps between held-out losses (also before the first and after the last step); 0 is never.")
+    log_norms_every: int = Field(
+        0, ge=0, description="Steps between records of the norm of each adapter tensor and of its gradient; 0 is never.")
     save_every: int = Field(100, ge=0, description="Steps between checkpoints (one is always written at the end); 0 is only at the end.")
     keep_checkpoints: int = Field(2, ge=1, description="How many of the latest checkpoints stay on disk.")
 
@@ -286,6 +290,10 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
                f"train.micro_batch_size: {train.micro_batch_size}")
     if train.schedule == "constant" and train.final_lr_ratio:
         yield f"train.final_lr_ratio: {train.final_lr_ratio} has no effect with train.schedule: constant; remove it"
+    if train.schedule == "exponential" and not train.final_lr_ratio:
+        yield "train.final_lr_ratio: 0.0 is out of reach of train.schedule: exponential; give what is left at the end, for example 0.1"
+    if train.cycles is not None and train.schedule != "cosine_restarts":
+        yield f"train.cycles: {train.cycles} is for train.schedule: cosine_restarts, this is {train.schedule!r}; remove one"
 
 
 def _data_conflicts(data: DataConfig) -> Iterator[str]:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import ds_configs
+from bone_ds import monitoring
 from bone_ds.activation_policy import ActivationPolicy, policy_of
 from bone_ds.config import RunConfig
 from bone_ds.errors import ConfigError
@@ -14,7 +15,7 @@ from bone_ds.errors import ConfigError
 # Sections that DeepSpeed itself obeys without more code here. DeepSpeed ignores unknown ones silently, so they are refused.
 _OBEYED = {
     "zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "wall_clock_breakdown",
-    "flops_profiler", "tensorboard", "wandb", "csv_monitor", "data_types", "activation_checkpointing",
+    "flops_profiler", *monitoring.SECTIONS, "data_types", "activation_checkpointing",
 }
 _REFUSED = {
     "fp16": "training is in model.dtype: bf16 or fp32; remove it",
@@ -50,7 +51,8 @@ def resolve(config: RunConfig, world_size: int) -> dict:
     for key, value in derived.items():
         _check_agreement(origin, given, key, value)
     policy = policy_of(config, origin, given.get("activation_checkpointing", {}))
-    return given | {key: value for key, (value, _) in derived.items()} | {"activation_checkpointing": policy.section()}
+    monitors = monitoring.sections(config, origin, given)
+    return given | {key: value for key, (value, _) in derived.items()} | monitors | {"activation_checkpointing": policy.section()}
 
 
 def stage(resolved: dict) -> int:

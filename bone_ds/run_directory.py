@@ -9,6 +9,7 @@
   `learning_rate`, `grad_norm` (before clipping), `step_s`, `tokens` and `label_tokens` of the global batch,
   `positions_per_s`, `tokens_per_s`, `label_tokens_per_s`, `memory_gib` (rank 0, high-water)
 - `eval`: `step`, `loss` (nats, mean over the held-out loss-bearing tokens), `label_tokens`, `eval_s`
+- `norms`, with train.log_norms_every: `step`, `gradient` (before clipping) and `adapter` (after the step), each by adapter tensor
 - `checkpoint`: `step`, `path`, `save_s`
 - `end`: `step`, `train_s`
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bone_ds import engine as engines
 from bone_ds.arch import Batch
@@ -20,16 +20,20 @@ class StepResult:
     """Global gradient norm before clipping."""
     positions: int
     """Token positions computed over all ranks, idle ranks' included."""
+    gradient_norms: dict[str, float] = field(default_factory=dict)
+    """By adapter tensor, before clipping; empty unless asked for."""
+    adapter_norms: dict[str, float] = field(default_factory=dict)
+    """By adapter tensor, after the step; empty unless asked for."""
 
 
 def optimizer_step(engine: Engine, batches: list[Batch], label_tokens: int, learning_rate: float,
-                   check_gradients: bool = False) -> StepResult:
+                   check_gradients: bool = False, with_norms: bool = False) -> StepResult:
     """Trains on this rank's micro-batches of one global batch that holds `label_tokens` loss-bearing tokens in all.
 
     Every rank brings the same number of batches; one without labels still runs. Micro-batches may be cut into chunks that
     continue each other: the state is carried, the gradient through it is not. The gradient is that of the mean
     over the global batch: ranks average, so each scales its sums by world_size / label_tokens. With `check_gradients`,
-    raises InjectionError naming a layer whose adapter received no gradient, or a bad one.
+    raises InjectionError naming a layer whose adapter received no gradient, or a bad one. `with_norms` fills in the norms by tensor.
     """
     loss_sum = 0.0
     for index, loss in enumerate(engine.losses(batches)):
@@ -37,10 +41,12 @@ def optimizer_step(engine: Engine, batches: list[Batch], label_tokens: int, lear
         loss_sum += float(loss.detach())
     if check_gradients:
         _check_every_layer_learns(engine)
+    gradient_norms = engine.gradient_norms() if with_norms else {}
     grad_norm = engine.update(learning_rate)
+    adapter_norms = engine.adapter_norms() if with_norms else {}
     positions = sum(batch.tokens.numel() for batch in batches)
     loss_sum, positions = engines.total([loss_sum, positions], batches[0].tokens.device)
-    return StepResult(loss_sum / label_tokens, grad_norm, int(positions))
+    return StepResult(loss_sum / label_tokens, grad_norm, int(positions), gradient_norms, adapter_norms)
 
 
 def _check_every_layer_learns(engine: Engine) -> None:
@@ -66,12 +72,22 @@ def _alarming(value: float) -> tuple[bool, float]:
 def learning_rate(train: TrainConfig, step: int, steps: int) -> float:
     """The rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then the configured course.
 
-    The last step's rate lies one step before the end of the course, so a course to 0 still moves at its last step.
+    The last step's rate lies one step before the end of the course, so a course to 0 still moves at its last step. The courses are
+    those of transformers.get_scheduler and torch's ExponentialLR, as pure functions: a resumed run has no scheduler to restore.
     """
     if step < train.warmup_steps:
         return train.learning_rate * (step + 1) / train.warmup_steps
     if train.schedule == "constant":
         return train.learning_rate
     progress = (step - train.warmup_steps) / max(1, steps - train.warmup_steps)
+    if train.schedule == "exponential":
+        return train.learning_rate * train.final_lr_ratio**progress
+    if train.schedule == "cosine_restarts":
+        progress = _within_cycle(step - train.warmup_steps, steps - train.warmup_steps, train.cycles or 2)
     shape = 1 - progress if train.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return train.learning_rate * (train.final_lr_ratio + (1 - train.final_lr_ratio) * shape)
+
+
+def _within_cycle(step: int, steps: int, cycles: int) -> float:
+    """How far its cycle is at `step` of `steps`; in whole numbers, since rounding would take a cycle's start for the end of another."""
+    return 1.0 if step >= steps else step * cycles % steps / steps

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from bone_ds import activation, adapter_file, arch, checkpoint, ds_json, plan, resolution
+from bone_ds import activation, adapter_file, arch, checkpoint, ds_json, monitoring, plan, resolution
 from bone_ds import engine as engines
 from bone_ds.arch import Architecture, Source
 from bone_ds.config import RunConfig
@@ -47,6 +47,7 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False, force: bool = F
     """
     hold_log_lines()
     ds = ds_json.resolve(config, ranks.world_size)
+    monitoring.check_installed(ds)
     run = RunDirectory.planned(config)
     run.check(config, resume)
     with engines.distributed(ranks):
@@ -104,10 +105,11 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False, force: bool = F
             batches = [chunk for hand in hands
                        for chunk in collate_chunks(samples, hand.units, device, config.train.chunk_length, hand.all_units)]
             rate = learning_rate(config.train, step, steps)
-            result = optimizer_step(engine, batches, window.label_tokens, rate, check_gradients=step == 0 and adapted)
+            done = step + 1
+            with_norms = config.train.log_norms_every > 0 and done % config.train.log_norms_every == 0
+            result = optimizer_step(engine, batches, window.label_tokens, rate, step == 0 and adapted, with_norms)
             step_s = time.monotonic() - step_started
 
-            done = step + 1
             tokens = sum(window.unit_tokens)
             rates = tuple(count / step_s for count in (result.positions, tokens, window.label_tokens))
             progress.step(done, result.loss, rate, result.grad_norm, rates)
@@ -196,6 +198,7 @@ def _evaluate(held_out: HeldOut | None, engine: Engine, run: RunDirectory, ranks
     progress.say(f"step {step}  held-out loss {evaluation.loss:.4f}")
     if ranks.is_first:
         run.record("eval", step=step, **asdict(evaluation))
+        engine.monitor.write(step, {"eval/loss": evaluation.loss})
     return evaluation
 
 
@@ -244,11 +247,19 @@ class _Writer:
 
     def record_step(self, step, window, result, rate, step_s, rates) -> None:
         positions, tokens, label_tokens = (round(value, 1) for value in rates)
-        self.run.record(
-            "step", step=step, epoch=window.epoch, loss=result.loss, learning_rate=rate, grad_norm=result.grad_norm,
-            step_s=round(step_s, 4), tokens=sum(window.unit_tokens), label_tokens=window.label_tokens,
-            positions_per_s=positions, tokens_per_s=tokens, label_tokens_per_s=label_tokens,
-            memory_gib=round(peak_memory_gib(), 3))
+        measured = {
+            "loss": result.loss, "learning_rate": rate, "grad_norm": result.grad_norm, "step_s": round(step_s, 4),
+            "positions_per_s": positions, "tokens_per_s": tokens, "label_tokens_per_s": label_tokens,
+            "memory_gib": round(peak_memory_gib(), 3)}
+        self.run.record("step", step=step, epoch=window.epoch, tokens=sum(window.unit_tokens), label_tokens=window.label_tokens, **measured)
+        self.engine.monitor.write(step, {f"train/{name}": value for name, value in measured.items()})
+        if result.adapter_norms:
+            self._record_norms(step, {"gradient": result.gradient_norms, "adapter": result.adapter_norms})
+
+    def _record_norms(self, step: int, norms: dict[str, dict[str, float]]) -> None:
+        self.run.record("norms", step=step, **norms)
+        for what, by_tensor in norms.items():
+            self.engine.monitor.write(step, {f"{what}_norm/{name}": norm for name, norm in by_tensor.items()})
 
     def write_adapter(self, step: int, masters: dict[str, torch.Tensor]) -> None:
         """masters: whole on rank 0, which writes."""

@@ -89,7 +89,8 @@ def train(ranks, config: dict, resume: str | None = None, checkpoints: str | Non
         batches = [chunk for hand in hands
                    for chunk in collate_chunks(samples, hand.units, device, config.train.chunk_length, hand.all_units)]
         rate = learning_rate(config.train, step, config.train.steps)
-        result = optimizer_step(engine, batches, window.label_tokens, rate, check_gradients=step == 0)
+        result = optimizer_step(engine, batches, window.label_tokens, rate, check_gradients=step == 0,
+                                with_norms=step + 1 == config.train.steps)
         outcome["losses"].append(result.loss)
         outcome["norms"].append(result.grad_norm)
         outcome["units"].append(len(window.units))
@@ -100,6 +101,7 @@ def train(ranks, config: dict, resume: str | None = None, checkpoints: str | Non
             if checkpoints:
                 checkpoint.save(Path(checkpoints), engine, step + 1, source.fingerprint, samples.fingerprint(), keep=2)
     outcome["first_gradients_norm"] = sum(float(gradient.double().square().sum()) for gradient in gradients.values()) ** 0.5
+    outcome["gradient_norms"], outcome["adapter_norms"] = result.gradient_norms, result.adapter_norms
     outcome["masters"] = config.output.directory + ".safetensors"
     masters = engine.gather("master")
     if ranks.is_first:

@@ -48,6 +48,18 @@ def test_the_gradients_asked_for_are_those_of_the_step(runs, stage, world_size, 
     assert run["first_gradients_norm"] == pytest.approx(run["norms"][0], rel=1e-5)
 
 
+def test_norms_by_tensor_are_those_of_the_step_and_of_the_masters(runs):
+    """At every stage, where shards are uneven and where a tensor has none on a rank."""
+    trained = {key: run for key, run in runs.items() if "error" not in run}
+    assert len(trained) > 60
+    for (name, _), run in trained.items():
+        masters = load_file(run["masters"])
+        assert run["gradient_norms"].keys() == run["adapter_norms"].keys() == masters.keys()
+        assert sum(norm**2 for norm in run["gradient_norms"].values())**0.5 == pytest.approx(run["norms"][-1], rel=1e-5), name
+        expected = {tensor: float(torch.linalg.vector_norm(master)) for tensor, master in masters.items()}
+        assert run["adapter_norms"] == pytest.approx(expected, rel=2e-3 if "bf16" in name else 1e-5), name
+
+
 @pytest.mark.parametrize("name", ["row-3-fp32", "row-3-fp32-resumed", "col-3", "idle-3"])
 def test_zero3_keeps_no_frozen_weight_whole_after_a_step_or_an_evaluation(runs, name):
     assert runs[name, 2]["gathered"] == 0

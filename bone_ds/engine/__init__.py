@@ -30,7 +30,8 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
 from bone_ds.arch import Batch, State
-from bone_ds.engine import placement, state
+from bone_ds.engine import norms, placement, state
+from bone_ds.engine.monitor import Monitor
 from bone_ds.errors import ConfigError
 from bone_ds.launch import Ranks
 
@@ -112,6 +113,7 @@ class Engine:
         except ValueError as error:
             raise ConfigError(f"deepspeed.config: DeepSpeed refuses it: {_first_complaint(error)}") from None
         state.undo_first_step(self.deepspeed)
+        self.monitor = Monitor(self.deepspeed)
 
     def losses(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
         """Each batch's summed cross entropy, one forward at a time; one that continues the batch before starts from its state."""
@@ -146,6 +148,14 @@ class Engine:
         Every rank calls it, in the same order. At ZeRO stage 0 it is the live gradient.
         """
         return safe_get_full_grad(self.trainable[name])
+
+    def gradient_norms(self) -> dict[str, float]:
+        """By adapter tensor, before clipping, between the last backward and `update`. Every rank calls it."""
+        return norms.of_gradients(self.trainable)
+
+    def adapter_norms(self) -> dict[str, float]:
+        """By adapter tensor. Every rank calls it."""
+        return norms.of_parameters(self.trainable)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -1,0 +1,60 @@
+"""DeepSpeed's monitor sections: TensorBoard, CSV files and Weights & Biases; where they write and what must be installed for them."""
+
+from __future__ import annotations
+
+import difflib
+from importlib.util import find_spec
+from pathlib import Path
+
+from bone_ds.config import RunConfig
+from bone_ds.errors import ConfigError
+
+_FIELDS = {
+    "tensorboard": ("output_path", "job_name"),
+    "csv_monitor": ("output_path", "job_name"),
+    "wandb": ("group", "team", "project"),
+}
+SECTIONS = tuple(_FIELDS)
+_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+"""What DeepSpeed imports; csv_monitor needs nothing."""
+
+
+def sections(config: RunConfig, origin: str, given: dict) -> dict[str, dict]:
+    """The monitor sections of the JSON `origin`, those that write files in the run directory where it doesn't say otherwise.
+
+    DeepSpeed's own default is a directory of a fixed name wherever the command was started, shared by all runs.
+    """
+    found = {name: given[name] for name in SECTIONS if name in given}
+    for name, section in found.items():
+        _check(origin, name, section)
+    directory = str(Path(config.output.directory).expanduser())
+    defaults = {name: {"output_path": directory, "job_name": name} if "output_path" in _FIELDS[name] else {} for name in found}
+    return {name: defaults[name] | section for name, section in found.items()}
+
+
+def without(resolved: dict) -> dict:
+    """The configuration of a run that is measured and thrown away: nothing is reported."""
+    return {key: value for key, value in resolved.items() if key not in SECTIONS}
+
+
+def check_installed(resolved: dict) -> None:
+    """Raises ConfigError for a monitor that is on and whose package is not there."""
+    for name, package in _PACKAGES.items():
+        if resolved.get(name, {}).get("enabled") and find_spec(package) is None:
+            raise ConfigError(f"deepspeed.config: {name}: needs the package {package}, which is not installed; "
+                              f"pip install {package}, or set {name}.enabled to false")
+
+
+def _check(origin: str, name: str, section: object) -> None:
+    if not isinstance(section, dict):
+        raise ConfigError(f"{origin}: {name}: is {section!r:.60}; give an object like {{\"enabled\": true}}")
+    known = ("enabled", *_FIELDS[name])
+    for field, value in section.items():
+        if field not in known:
+            near = difflib.get_close_matches(field, known, n=1)
+            raise ConfigError(f"{origin}: {name}.{field}: is no field known here; "
+                              + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"))
+        if field != "enabled" and not (isinstance(value, str) and value):
+            raise ConfigError(f"{origin}: {name}.{field}: {value!r} is no text")
+    if not isinstance(section.get("enabled"), bool):
+        raise ConfigError(f"{origin}: {name}.enabled: is {section.get('enabled')!r}; give true or false, without it nothing is reported")
