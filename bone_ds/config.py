@@ -182,6 +182,8 @@ class TrainConfig(Section):
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
     final_lr_ratio: float = Field(0.0, ge=0, le=1, description="Learning rate at the end as a share of the peak; not for constant.")
     cycles: int | None = Field(None, ge=2, description="cosine_restarts: how many cycles share the steps after the warm-up; default 2.")
+    optimizer: Literal["adamw", "adamw_fused"] = Field(
+        "adamw", description="torch's AdamW; fused: in one kernel and without temporaries, with results equal to rounding.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay on the adapter.")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment decay.")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment decay.")

@@ -33,10 +33,9 @@ _ZERO = {
     "stage3_use_all_reduce_for_fetch_params", "sub_group_size", "use_multi_rank_bucket_allreduce", "zero_hpz_partition_size",
     "zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zero_quantized_weights",
 }
-_REFUSED_IN_ZERO = {
-    "offload_optimizer": "optimizer offload is not supported; remove it",
-    "offload_param": "parameter offload is not supported; remove it",
-}
+# To host memory, by the stages that have it. torch's AdamW steps there too, so DeepSpeed's own optimizer for CPUs, which would be
+# compiled at first use, is not needed.
+_OFFLOAD = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
 
 
 def resolve(config: RunConfig, world_size: int) -> dict:
@@ -57,6 +56,12 @@ def resolve(config: RunConfig, world_size: int) -> dict:
 
 def stage(resolved: dict) -> int:
     return resolved["zero_optimization"]["stage"]
+
+
+def offloaded(resolved: dict) -> tuple[str, ...]:
+    """What of a resolved configuration goes to host memory: fields of zero_optimization."""
+    zero = resolved["zero_optimization"]
+    return tuple(key for key in _OFFLOAD if (zero.get(key) or {}).get("device") == "cpu")
 
 
 def activation_policy(resolved: dict) -> ActivationPolicy:
@@ -87,7 +92,8 @@ def _derived(config: RunConfig, world_size: int) -> dict[str, tuple[object, str]
         # torch's own AdamW: DeepSpeed's FusedAdam would be compiled at first use.
         "optimizer": ({"type": "AdamW", "params": {
             "lr": train.learning_rate, "betas": [train.beta1, train.beta2], "eps": train.eps,
-            "weight_decay": train.weight_decay, "torch_adam": True}}, "train.learning_rate, beta1, beta2, eps, weight_decay"),
+            "weight_decay": train.weight_decay, "torch_adam": True} | ({"fused": True} if train.optimizer == "adamw_fused" else {})},
+            "train.learning_rate, beta1, beta2, eps, weight_decay, optimizer"),
         "steps_per_print": (10**9, "the progress line, which is ours"),
     }
 
@@ -155,10 +161,8 @@ def _check_zero(origin: str, zero: object) -> None:
     for key, value in zero.items():
         if value == "auto":
             raise ConfigError(f"{origin}: zero_optimization.{key}: 'auto' is not filled in by anyone here; give a number")
-        if key in _REFUSED_IN_ZERO:
-            off = value is None or isinstance(value, dict) and value.get("device") == "none"
-            if not off:
-                raise ConfigError(f"{origin}: zero_optimization.{key}: {_REFUSED_IN_ZERO[key]}")
+        if key in _OFFLOAD:
+            _check_offload(origin, zero["stage"], key, value)
         elif key not in _ZERO:
             near = difflib.get_close_matches(key, _ZERO, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "remove it"
@@ -169,6 +173,25 @@ def _check_zero(origin: str, zero: object) -> None:
             raise ConfigError(f"{origin}: zero_optimization.{key}: null says nothing; give a number or remove the line")
         elif isinstance(value, (dict, list, str)) or value < 0:
             raise ConfigError(f"{origin}: zero_optimization.{key}: {value!r} is neither true, false nor a number from 0 up")
+
+
+def _check_offload(origin: str, stage: int, key: str, section: object) -> None:
+    path = f"{origin}: zero_optimization.{key}"
+    if section is None or isinstance(section, dict) and section.get("device") == "none":
+        return
+    if not isinstance(section, dict):
+        raise ConfigError(f"{path}: is {section!r:.60}; give an object like {{\"device\": \"cpu\"}}")
+    if section.get("device") == "nvme":
+        raise ConfigError(f"{path}.device: 'nvme' takes DeepSpeed's own library for it, which is not in use here; use cpu")
+    if section.get("device") != "cpu":
+        raise ConfigError(f"{path}.device: {section.get('device')!r} is neither cpu nor none")
+    for field, value in section.items():
+        if field not in ("device", "pin_memory"):
+            raise ConfigError(f"{path}.{field}: is no field that is obeyed with device cpu; known are device and pin_memory")
+        if field == "pin_memory" and not isinstance(value, bool):
+            raise ConfigError(f"{path}.pin_memory: {value!r} is neither true nor false")
+    if stage not in _OFFLOAD[key]:
+        raise ConfigError(f"{path}: has no effect at stage {stage}; use stage {' or '.join(map(str, _OFFLOAD[key]))}, or remove it")
 
 
 def _check_agreement(origin: str, given: dict, key: str, derived: tuple[object, str]) -> None:

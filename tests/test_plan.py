@@ -314,12 +314,13 @@ def test_inputs_in_host_memory_are_not_the_device_s(tmp_path):
     assert kept.by_component == moved.by_component
 
 
-def test_what_is_not_planned_is_said_and_nothing_refused(tmp_path):
-    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}')
+@pytest.mark.parametrize(("field", "value"), [("zero_hpz_partition_size", 2), ("offload_optimizer", {"device": "cpu"})])
+def test_what_is_not_planned_is_said_and_nothing_refused(tmp_path, field, value):
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3, field: value}}))
     planned = plan.plan(config_of("SmolLM2-135M", deepspeed={"config": str(tmp_path / "ds.json")}), 2, "cuda")
     planned = replace(planned, capacity_bytes=2**20)
     assert planned.fits is False and planned.cannot_fit is False
-    assert any("not planned: zero_optimization.zero_hpz_partition_size" in note for note in planned.notes)
+    assert any(f"not planned: zero_optimization.{field}" in note for note in planned.notes)
 
 
 @pytest.mark.parametrize("text, field", [

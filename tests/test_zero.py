@@ -98,6 +98,14 @@ def test_lora(runs, stage):
     assert_equal_training(runs[f"lora-{stage}", 2], runs["lora-0", 1])
 
 
+@pytest.mark.parametrize("name", [f"fused-{stage}" for stage in STAGES] + [f"offload-{stage}" for stage in STAGES[1:]])
+def test_fused_and_offloaded_optimizers_train_alike_and_go_on_to_the_bit(runs, name):
+    whole, resumed = runs[name, 2], runs[f"{name}-resumed", 2]
+    assert_equal_training(whole, runs["row-0-fp32", 1])
+    assert (resumed["losses"], resumed["norms"]) == (whole["losses"][3:], whole["norms"][3:])
+    torch.testing.assert_close(load_file(resumed["masters"]), load_file(whole["masters"]), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_full_training_with_a_tied_head(runs, stage):
     """AdamW's first steps are as large for a rounding error as for a gradient, so the weights are compared by what they do."""

@@ -1,5 +1,6 @@
 """The runs that test_zero and test_resume compare, trained once for both: two starts of ranks in all."""
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +30,8 @@ RECOMPUTED = {
     "lora": (LORA, {"activation_checkpointing": "layer"}),
     "full": (FULL, {"activation_checkpointing": "layer"}),
 }
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+OFFLOAD_PARAM = {"offload_param": {"device": "cpu", "pin_memory": False}, "stage3_param_persistence_threshold": 0}
 PAUSE = "step-00000003"
 # From run to run: a checkpoint of two ranks is read on one and on two, at the same stage and at others.
 MOVES = {
@@ -75,6 +78,13 @@ def _cases(directory: Path, world_size: int) -> dict[str, dict]:
     def case(name: str, stage: int, **sections: dict) -> dict[str, dict]:
         return {name: {"config": tree(name, stage, **sections)}}
 
+    def resumed(name: str, config: dict) -> dict[str, dict]:
+        """A run, and its second half from its own checkpoint."""
+        checkpoints = checkpoints_of(directory, name, world_size)
+        again = config | {"output": {"directory": str(directory / f"world-{world_size}" / f"{name}-resumed")}}
+        return {name: {"config": config, "checkpoints": str(checkpoints)},
+                f"{name}-resumed": {"config": again, "resume": str(checkpoints / PAUSE)}}
+
     cases = {}
     for stage in STAGES:
         for dtype in DTYPES:
@@ -112,6 +122,12 @@ def _cases(directory: Path, world_size: int) -> dict[str, dict]:
             for stage in (0, 3):
                 name = f"{'packs' if packing else 'samples'}-of-{micro_batch_size}-{stage}"
                 cases |= case(name, stage, data={"packing": packing}, train=few | {"micro_batch_size": micro_batch_size})
+    for stage in STAGES if world_size == 2 else ():
+        cases |= resumed(f"fused-{stage}", tree(f"fused-{stage}", stage, train={"optimizer": "adamw_fused"}))
+        if stage > 0:
+            offload = directory / f"offload-{stage}.json"
+            offload.write_text(json.dumps({"zero_optimization": OFFLOAD | {"stage": stage, **(OFFLOAD_PARAM if stage == 3 else {})}}))
+            cases |= resumed(f"offload-{stage}", tree(f"offload-{stage}", stage) | {"deepspeed": {"config": str(offload)}})
     stage = 0 if world_size == 1 else 3
     for name in ("starved", "spoilt"):
         cases |= case(name, stage, model={"path": str(directory / name)})

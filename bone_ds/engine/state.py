@@ -95,7 +95,8 @@ def _create_moments(engine) -> None:
     assert isinstance(optimizer, torch.optim.Adam), type(optimizer).__name__
     for master in _stepped_tensors(engine):
         if not optimizer.state.get(master):
-            optimizer.state[master] = {"step": torch.zeros(()), **{part: torch.zeros_like(master) for part in MOMENTS}}
+            step = torch.zeros((), device=master.device if optimizer.defaults["fused"] else "cpu")
+            optimizer.state[master] = {"step": step, **{part: torch.zeros_like(master) for part in MOMENTS}}
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 

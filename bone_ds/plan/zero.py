@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
+from bone_ds import ds_json
+
 FP32_BYTES = 4
 _DEFAULT_BUCKET = 500_000_000
 _DEFAULT_PREFETCH = 50_000_000
@@ -57,9 +59,10 @@ def engine_memory(ds: dict, world_size: int, weights: Sequence[int], trainable: 
 
 
 def not_planned(ds: dict) -> tuple[str, ...]:
-    """What of the JSON is left out here, a line each: ZeRO++ keeps other copies of the weights, or smaller ones."""
+    """What of the JSON is left out here, a line each: ZeRO++ keeps other copies of the weights, or smaller ones; offload moves some."""
     section = ds["zero_optimization"]
     given = [name for name, off in _NOT_PLANNED.items() if section["stage"] == 3 and section.get(name, off) != off]
+    given += ds_json.offloaded(ds)
     return tuple(f"not planned: zero_optimization.{name}: {section[name]}; nothing is refused" for name in given)
 
 
