@@ -89,7 +89,7 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False, force: bool = F
         progress = Progress(run.log if ranks.is_first else None, steps, first_step)
         _announce(progress, engine, source, samples, held_out_samples, order)
         if device.type == "cpu" and (fields := ds_json.offloaded(ds)):
-            progress.say(f"warning: zero_optimization.{' and '.join(fields)} saves nothing here, where all memory is the host's")
+            progress.say(f"warning: zero_optimization.{' and '.join(fields)}: no memory is saved on a CPU, where all of it is the host's")
         if warning := resolution.context_warning(architecture, source, int(samples.lengths.max())):
             progress.say(warning)
         writer = _Writer(config, ranks, run, engine, architecture, source, samples)
