@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -185,12 +184,6 @@ def test_a_half_written_checkpoint_is_never_taken_for_the_latest(saved):
 # The command line, under each launcher.
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def launched(launcher: list[str], *arguments) -> str:
     """Standard output of a training command that has to succeed."""
     done = subprocess.run([sys.executable, "-m", *launcher, *map(str, arguments)], capture_output=True, text=True, timeout=TIMEOUT_S)
@@ -259,9 +252,6 @@ def test_a_finished_run_without_its_adapter_is_given_it_on_another_number_of_ran
     assert json.loads(lines[-1])["event"] == "end" and '{"event": "st' in lines
 
 
-def test_the_deepspeed_launcher_trains_the_same(command, tmp_path):
-    deepspeed = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", free_port(), "--module", "bone_ds"]
-    launched(deepspeed, "train", command.config, f"output.directory={tmp_path / 'run'}")
-    losses = by_step(tmp_path / "run")
-    assert losses == by_step(command.run)
+def test_the_loss_falls(command):
+    losses = by_step(command.run)
     assert losses[1] - losses[5] > 0.1
