@@ -212,7 +212,8 @@ class TrainConfig(Section):
 
 
 class DeepSpeedConfig(Section):
-    config: str = Field("zero2", description="zero0, zero1, zero2, zero3, or the path of a DeepSpeed JSON of your own.")
+    config: str = Field(
+        "zero2", description="zero0, zero1, zero2, zero3, zero2_offload, zero3_offload, or the path of a DeepSpeed JSON of your own.")
 
 
 class OutputConfig(Section):

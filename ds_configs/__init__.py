@@ -3,7 +3,7 @@
 import json
 from importlib.resources import files
 
-NAMES = ("zero0", "zero1", "zero2", "zero3")
+NAMES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 
 
 def read(name: str) -> dict:

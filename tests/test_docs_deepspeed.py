@@ -49,7 +49,7 @@ def losses_of(command: str, directory: Path) -> list[float]:
     port = ["--master_port", free_port()] if program == "deepspeed" else []
     done = subprocess.run(
         [sys.executable, "-m", PROGRAMS[program], *port, *arguments, f"output.directory={program}"], cwd=directory, capture_output=True,
-        text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     events = map(json.loads, (directory / program / "events.jsonl").read_text().splitlines())
     return [event["loss"] for event in events if event["event"] == "step"]

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,10 +51,11 @@ def of_run(config: RunConfig, world_size: int, architecture: Architecture, sourc
            notes: tuple[str, ...] = ()) -> Plan:
     """As `plan`, of what is open and loaded already. held_bytes: what the process holds by now (cpu)."""
     order = order or (samples and workload.order_of(config, samples))
+    traces: dict[Hashable, Trace] = {}
 
     def again(changed: RunConfig, ranks: int) -> Plan:
         batches = _batches(changed, ranks, architecture, *_redealt(config, changed, samples, order))
-        return _planned(changed, ranks, architecture, source, *batches, device, held_bytes)
+        return _planned(changed, ranks, architecture, source, *batches, device, held_bytes, traces)
 
     planned = again(config, world_size)
     planned = replace(planned, capacity_bytes=capacity_bytes, notes=(*notes, *planned.notes))
@@ -77,26 +79,27 @@ def _batches(config: RunConfig, world_size: int, architecture: Architecture, sam
 
 
 def _planned(config: RunConfig, world_size: int, architecture: Architecture, source: Source, work: Workload, heaviest: workload.Heaviest,
-             device: str, held_bytes: int | None) -> Plan:
+             device: str, held_bytes: int | None, traces: dict[Hashable, Trace]) -> Plan:
+    """traces: those made so far; neither stage nor ranks change one."""
     ds, shape = ds_json.resolve(config, world_size), heaviest.shape
     accumulation_steps = ds_json.accumulation_steps(config, world_size)
     accumulates = accumulation_steps > 1 or bool(config.train.chunk_length)
-    traced = trace.trace(config, architecture, source, ds_json.activation_policy(ds), shape, device)
+    policy = ds_json.activation_policy(ds)
+    forward_and_backward = (config.model, config.adapter, config.train, policy, shape)
+    if forward_and_backward not in traces:
+        traces[forward_and_backward] = trace.trace(config, architecture, source, policy, shape, device)
+    traced = traces[forward_and_backward]
     held = memory.memory(traced, ds, world_size, DTYPES[config.model.dtype].itemsize, accumulates, device,
                          later=heaviest.later, held_bytes=held_bytes)
     trainable, not_planned = memory.trainable_elements(traced), zero.not_planned(ds)
     return Plan(
-        model=source.origin, notes=(*not_planned, *_in_host(traced)), complete=not not_planned, device=device, world_size=world_size,
+        model=source.origin, notes=not_planned, complete=not not_planned, device=device, world_size=world_size,
         stage=ds_json.stage(ds), parameters=traced.parameters, trainable_parameters=trainable, by_component=held.by_component,
         peak_bytes=held.peak_bytes, live_peak_bytes=held.live_peak_bytes, live_by_component=held.live_by_component,
-        saved_by_layer_kind=traced.kept_by_kind, flops=_flops(traced, shape, work, world_size), workload=work,
+        host_by_component=held.host_by_component, saved_by_layer_kind=traced.kept_by_kind,
+        flops=_flops(traced, shape, work, world_size), workload=work,
         checkpoint_bytes=3 * 4 * trainable + 3 * _FILE_HEADER_BYTES * len(traced.trainable),
         adapter_bytes=4 * trainable + _FILE_HEADER_BYTES * len(traced.trainable), capacity_bytes=None, changes=())
-
-
-def _in_host(traced: Trace) -> list[str]:
-    size_bytes = traced.host_bytes
-    return [f"cpu_checkpointing: {size_bytes / 2**30:.2f} GiB of host memory a rank beside the device's"] if size_bytes else []
 
 
 def _flops(traced: Trace, shape: Shape, work: Workload, world_size: int) -> Flops:

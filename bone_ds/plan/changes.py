@@ -25,6 +25,8 @@ def that_fit(planned: Plan, config: RunConfig, again: Replan) -> tuple[Change, .
     """The first few that fit, by FLOPs added; those that change what is learnt come last."""
     found: list[Change] = []
     for candidate in _candidates(planned, config):
+        if any(candidate.overrides.keys() == change.overrides.keys() for change in found):
+            continue  # of the same fields the cheapest values are enough
         ranks = candidate.overrides.get("--ranks", planned.world_size)
         try:
             other = again(_changed(config, candidate.overrides), ranks)
@@ -32,7 +34,8 @@ def that_fit(planned: Plan, config: RunConfig, again: Replan) -> tuple[Change, .
             continue  # the configuration or the model has no such combination
         if other.peak_bytes <= planned.capacity_bytes:
             ratio = other.flops.total * ranks / max(1, planned.flops.total * planned.world_size)
-            found.append(Change(candidate.overrides, other.peak_bytes, round(ratio, 3), candidate.same_results, candidate.note))
+            found.append(Change(
+                candidate.overrides, other.peak_bytes, other.host_bytes, round(ratio, 3), candidate.same_results, candidate.note))
         if len(found) == _MOST:
             break
     return tuple(sorted(found, key=lambda change: (not change.same_results, change.flops_ratio)))
@@ -61,7 +64,10 @@ def _candidates(planned: Plan, config: RunConfig) -> Iterator[_Candidate]:
         yield _Candidate(_recomputing(train, 1), "every layer runs again in backward")
         if smaller_batches:
             yield _Candidate(_recomputing(train, 1) | {"train.micro_batch_size": 1}, "every layer runs again in backward")
-    if planned.device != "cpu":  # more ranks on a CPU share the memory there is
+    if planned.device != "cpu":  # on a CPU the host's memory is the device's, and more ranks share it
+        if planned.stage < 3:
+            yield _Candidate({"deepspeed.config": "zero2_offload"}, "the optimizer steps in host memory")
+        yield _Candidate({"deepspeed.config": "zero3_offload"}, "every weight is copied from host memory twice a micro-batch")
         for more in (2 * ranks, 4 * ranks, 8 * ranks):
             stage_3 = {} if planned.stage == 3 else {"deepspeed.config": "zero3"}
             yield _Candidate({"--ranks": more} | stage_3, "more devices share the weights")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bone_ds.plan import process, zero
 from bone_ds.plan.report import COMPONENTS
@@ -17,6 +17,8 @@ class Memory:
     peak_bytes: int
     live_by_component: dict[str, int]
     """Of tensors alone, at their own peak."""
+    host_by_component: dict[str, int] = field(default_factory=dict)
+    """cuda: what offload and cpu_checkpointing keep in host memory, at its highest."""
 
     @property
     def live_peak_bytes(self) -> int:
@@ -29,12 +31,15 @@ def memory(traced: Trace, ds: dict, world_size: int, dtype_bytes: int, accumulat
     the process holds already (cpu).
     """
     trainable = zero.elements(list(traced.trainable.values()))
-    engine = zero.engine_memory(ds, world_size, traced.weights, trainable, dtype_bytes, accumulates)
-    whole = zero.gathered(ds, world_size, traced.modules, traced.modules_in_backward)
+    engine = zero.engine_memory(ds, world_size, traced.weights, trainable, dtype_bytes, accumulates, device)
+    in_host = _in_host(traced, engine)
+    if device == "cpu":
+        engine = engine.in_one_memory()
+    whole = zero.gathered(ds, world_size, traced.modules, traced.modules_in_backward, device)
     phases = _phases(traced, engine, whole, dtype_bytes, later)
     live_peak = max(phases.values(), key=Counter.total)
     if device == "cuda":
-        return _on_cuda(live_peak)
+        return _on_cuda(live_peak, in_host)
     phases["save"] = Counter(engine.fixed) + Counter(engine.save)
     context_bytes = process.CPU_CONTEXT_BYTES if held_bytes is None else held_bytes
     return _on_cpu(phases, engine, context_bytes, whole.most * dtype_bytes, dtype_bytes, live_peak)
@@ -67,9 +72,16 @@ def _scaled(parts: Counter, activations: float, transient: float) -> Counter:
     return Counter({**parts, "activations": int(activations * parts["activations"]), "transient": int(transient * parts["transient"])})
 
 
-def _on_cuda(live: Counter) -> Memory:
+def _in_host(traced: Trace, engine: zero.EngineMemory) -> dict[str, int]:
+    """Forward's inputs are there until backward, AdamW's temporaries after it."""
+    host = engine.host or zero.HostMemory({}, {})
+    highest = max(Counter(activations=traced.host_bytes), Counter(host.update), key=Counter.total) + Counter(host.fixed)
+    return {component: highest[component] for component in COMPONENTS if highest[component]}
+
+
+def _on_cuda(live: Counter, in_host: dict[str, int]) -> Memory:
     held = live + Counter(context=process.CUDA_CONTEXT_BYTES, slack=process.CUDA_SLACK_BYTES)
-    return Memory(_ordered(held), held.total(), _ordered(live))
+    return Memory(_ordered(held), held.total(), _ordered(live), in_host)
 
 
 def _on_cpu(phases: dict[str, Counter], engine: zero.EngineMemory, context_bytes: int, gathered_bytes: int, dtype_bytes: int,

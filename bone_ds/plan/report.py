@@ -44,6 +44,8 @@ class Change:
     overrides: dict[str, object]
     """Field -> value; `--ranks` is one too."""
     peak_bytes: int
+    host_bytes: int
+    """As Plan.host_bytes."""
     flops_ratio: float
     """FLOPs of a step on all ranks against the plan's."""
     same_results: bool
@@ -88,6 +90,9 @@ class Plan:
     live_by_component: dict[str, int]
     """Bytes at the peak of tensors alone, by `COMPONENTS`; they sum to live_peak_bytes. On a CPU that is another moment than the resident
     set's highest, and buckets that are never written to count here alone."""
+    host_by_component: dict[str, int]
+    """cuda: bytes of host memory that offload and cpu_checkpointing take beside the device's, by `COMPONENTS`, at their highest; empty
+    without, and on a CPU, where both are one memory."""
     saved_by_layer_kind: dict[str, int]
     """Bytes that forward keeps for backward: attention, mlp, norms, embedding, loss, other."""
     flops: Flops
@@ -100,6 +105,10 @@ class Plan:
     """Of one rank; None where nobody said."""
     changes: tuple[Change, ...]
     """That would make it fit, by FLOPs added, and last those that change what is learnt; empty where it fits."""
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host_by_component.values())
 
     @property
     def needed_bytes(self) -> int:
@@ -119,5 +128,5 @@ class Plan:
     def as_dict(self) -> dict:
         """For JSON."""
         changes = [asdict(change) for change in self.changes]
-        verdict = {"needed_bytes": self.needed_bytes, "fits": self.fits, "cannot_fit": self.cannot_fit}
+        verdict = {"host_bytes": self.host_bytes, "needed_bytes": self.needed_bytes, "fits": self.fits, "cannot_fit": self.cannot_fit}
         return asdict(self) | {"flops": asdict(self.flops) | {"total": self.flops.total}, "changes": changes} | verdict

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bone_ds.plan.report import COMPONENTS, GIB, Plan
+from bone_ds.plan.report import COMPONENTS, GIB, Change, Plan
 
 _WHAT = {
     "weights": "frozen base model", "adapter": "trainable tensors", "gradients": "of the adapter",
@@ -19,7 +19,7 @@ def table(plan: Plan) -> str:
              f"({plan.trainable_parameters / (plan.parameters or 1):.2%})",
              f"{plan.world_size} {'rank' if plan.world_size == 1 else 'ranks'} on {plan.device}, ZeRO stage {plan.stage}"]
     lines += [f"note: {note}" for note in plan.notes]
-    lines += ["", *_memory(plan), "", *_kept(plan), "", *_work(plan), "", *_verdict(plan)]
+    lines += ["", *_memory(plan), *_host(plan), "", *_kept(plan), "", *_work(plan), "", *_verdict(plan)]
     return "\n".join(lines)
 
 
@@ -28,7 +28,8 @@ def line(plan: Plan) -> str:
     of = f" of {gib(plan.capacity_bytes)}" if plan.capacity_bytes else ""
     largest = sorted(plan.by_component.items(), key=lambda item: -item[1])[:3]
     parts = ", ".join(f"{name} {_in_gib(size)}" for name, size in largest)
-    return (f"plan: {gib(plan.peak_bytes)}{of} a rank ({parts}), {flop(plan.flops.total * plan.world_size)} and "
+    beside = f", {gib(plan.host_bytes)} of host memory" if plan.host_bytes else ""
+    return (f"plan: {gib(plan.peak_bytes)}{of} a rank ({parts}){beside}, {flop(plan.flops.total * plan.world_size)} and "
             f"{plan.workload.tokens_per_step:,.0f} tokens a step, {plan.trainable_parameters:,} trainable")
 
 
@@ -66,14 +67,16 @@ def _in_gib(size_bytes: int) -> str:
     return f"{size_bytes / GIB:.2f}" if size_bytes < 10 * GIB else f"{size_bytes / GIB:.1f}"
 
 
-def _cost(ratio: float) -> str:
+def _cost(change: Change) -> str:
+    ratio = change.flops_ratio
+    flops = "no more FLOPs" if ratio < 1.005 else f"{ratio - 1:.0%} more FLOPs"
     if ratio < 0.995:
-        return f"{1 - ratio:.0%} fewer FLOPs a step"
-    return "no more FLOPs" if ratio < 1.005 else f"{ratio - 1:.0%} more FLOPs"
+        flops = f"{1 - ratio:.0%} fewer FLOPs a step"
+    return f"{gib(change.host_bytes)} of host memory a rank, {flops}" if change.host_bytes else flops
 
 
 def _options(plan: Plan) -> str:
-    return "; ".join(f"{change} ({gib(change.peak_bytes)}, {_cost(change.flops_ratio)})" for change in plan.changes)
+    return "; ".join(f"{change} ({gib(change.peak_bytes)}, {_cost(change)})" for change in plan.changes)
 
 
 def _spread(plan: Plan) -> str:
@@ -94,6 +97,14 @@ def _memory(plan: Plan) -> list[str]:
             lines.append(f"  {component:<12}{size / GIB:>8.3f}  {bar:<{_SHARE_WIDTH}}  {what}")
     lines.append(f"  {'total':<12}{plan.peak_bytes / GIB:>8.3f}  of which tensors {plan.live_peak_bytes / GIB:.3f}")
     return lines
+
+
+def _host(plan: Plan) -> list[str]:
+    if not plan.host_bytes:
+        return []
+    lines = ["", "host memory of one rank beside it, at its highest, GiB"]
+    lines += [f"  {component:<12}{size / GIB:>8.3f}" for component, size in plan.host_by_component.items()]
+    return [*lines, f"  {'total':<12}{plan.host_bytes / GIB:>8.3f}"]
 
 
 def _kept(plan: Plan) -> list[str]:
@@ -129,5 +140,5 @@ def _verdict(plan: Plan) -> list[str]:
     if not plan.changes:
         return [*lines, "no change that was tried would make it fit"]
     lines.append("it would with, by FLOPs added, and last what changes what is learnt:")
-    return lines + [f"  {str(change):<70}{gib(change.peak_bytes):>11}  {_cost(change.flops_ratio)}; {change.note}"
+    return lines + [f"  {str(change):<70}{gib(change.peak_bytes):>11}  {_cost(change)}; {change.note}"
                     for change in plan.changes]
