@@ -9,8 +9,9 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/python -m bone_ds.demo
 
+# Two workers, each with whole files: tests/conftest.py.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder
 
 # Longer checks on large models; those on the one that `make demo` fetches are skipped without it, and say so.
 test-slow: $(INSTALLED)

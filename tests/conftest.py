@@ -7,6 +7,16 @@ import torch
 
 torch.set_num_threads(1)  # the models are tiny
 
+SHARE_RUNS = ("test_zero", "test_resume")
+"""Files that look at the same runs, the longest of all."""
+
+
+def pytest_collection_modifyitems(items):
+    """Workers take whole files, so that what a file's tests share is made once; the longest first."""
+    items.sort(key=lambda item: item.path.stem not in SHARE_RUNS)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("runs" if item.path.stem in SHARE_RUNS else item.path.stem))
+
 
 def pytest_addoption(parser):
     parser.addoption("--smollm2", metavar="GGUF", help="SmolLM2-135M-Instruct.Q4_1.gguf; `make demo` fetches one into .demo/")
