@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -32,6 +33,8 @@ class Moment:
     """None where the components were not asked for."""
     storage: int = 0
     """Which one. Its number may be another's once it is freed."""
+    recorded: bool = False
+    """Whether autograd recorded what was computed."""
 
 
 @dataclass(frozen=True)
@@ -125,4 +128,4 @@ class LiveMemory(TorchDispatchMode):
         self.total_bytes += size_bytes
         self.by_component[component] += size_bytes
         if self._history is not None:
-            self._history.append(Moment(time.monotonic(), self.total_bytes, dict(+self.by_component), key))
+            self._history.append(Moment(time.monotonic(), self.total_bytes, dict(+self.by_component), key, torch.is_grad_enabled()))

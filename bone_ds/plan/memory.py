@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from bone_ds.plan import process, zero
+from bone_ds.plan import heap, process, zero
 from bone_ds.plan.report import COMPONENTS
 from bone_ds.plan.trace import Trace
 
@@ -42,7 +42,8 @@ def memory(traced: Trace, ds: dict, world_size: int, dtype_bytes: int, accumulat
         return _on_cuda(live_peak, in_host)
     phases["save"] = Counter(engine.fixed) + Counter(engine.save)
     context_bytes = process.CPU_CONTEXT_BYTES if held_bytes is None else held_bytes
-    return _on_cpu(phases, engine, context_bytes, whole.most * dtype_bytes, dtype_bytes, live_peak)
+    slack_bytes = process.cpu_slack_bytes(heap.fragmentation_bytes(traced.segments), _gathered_in_heap(traced, whole, dtype_bytes))
+    return _on_cpu(phases, engine, context_bytes, slack_bytes, live_peak)
 
 
 def _phases(traced: Trace, engine: zero.EngineMemory, whole: zero.Gathered, dtype_bytes: int,
@@ -51,9 +52,7 @@ def _phases(traced: Trace, engine: zero.EngineMemory, whole: zero.Gathered, dtyp
     later_tokens, later_labels = later
     fixed, between = Counter(engine.fixed) + Counter(weights=traced.buffers_bytes), Counter(engine.between)
     forward = Counter(activations=traced.kept_bytes, transient=traced.forward_peak_bytes - traced.kept_bytes,
-                      gathered=whole.at_end_of_forward * dtype_bytes)
-    fetch = Counter(activations=int(traced.kept_bytes * whole.forward_at_most), transient=traced.within_a_layer,
-                    gathered=whole.most * dtype_bytes)
+                      gathered=whole.in_forward[-1] * dtype_bytes)
     transient = traced.backward_peak_bytes - traced.kept_at_backward_peak
     backward = Counter(activations=traced.kept_at_backward_peak, transient=transient, gathered=whole.at_start_of_backward * dtype_bytes)
     return {
@@ -64,8 +63,21 @@ def _phases(traced: Trace, engine: zero.EngineMemory, whole: zero.Gathered, dtyp
         "later backward": fixed + (between | Counter(engine.backward)) + _scaled(backward, later_tokens, later_tokens),
         "end of backward": fixed + Counter(engine.end_of_backward) + Counter(activations=traced.kept_by_a_layer, transient=transient),
         "update": fixed + Counter(engine.update),
-        "fetch": fixed + between + fetch,
+        "fetch": fixed + between + _fetch(traced, whole.in_forward, dtype_bytes),
     }
+
+
+def _gathered_in_heap(traced: Trace, whole: zero.Gathered, dtype_bytes: int) -> int:
+    """Without the tensors that have pages of their own, such as a large vocabulary's."""
+    sizes = {name: elements * dtype_bytes for module in traced.modules for name, elements in module}
+    return max(0, whole.most * dtype_bytes - sum(size for size in sizes.values() if size > heap.LARGEST_THRESHOLD_BYTES))
+
+
+def _fetch(traced: Trace, gathered: tuple[int, ...], dtype_bytes: int) -> Counter:
+    """Within the layer of forward where what is gathered and what is kept of those before are most together."""
+    moments = [Counter(activations=max(0, traced.kept_bytes * module // len(gathered) - traced.kept_by_a_layer),
+                       gathered=elements * dtype_bytes) for module, elements in enumerate(gathered)]
+    return max(moments, key=Counter.total) + Counter(transient=traced.within_a_layer)
 
 
 def _scaled(parts: Counter, activations: float, transient: float) -> Counter:
@@ -84,15 +96,10 @@ def _on_cuda(live: Counter, in_host: dict[str, int]) -> Memory:
     return Memory(_ordered(held), held.total(), _ordered(live), in_host)
 
 
-def _on_cpu(phases: dict[str, Counter], engine: zero.EngineMemory, context_bytes: int, gathered_bytes: int, dtype_bytes: int,
-            live_peak: Counter) -> Memory:
-    """Pages that nobody writes to are not resident, and malloc keeps much of what is freed for tensors of other sizes."""
-    touched = {name: phase - Counter(buckets=min(engine.untouched_bytes, phase["buckets"])) for name, phase in phases.items()}
-    highest = max(touched.values(), key=Counter.total)
-    stays = sum(engine.fixed.values()) - min(engine.untouched_bytes, engine.fixed.get("buckets", 0))
-    comes_and_goes = highest.total() - stays
-    slack = process.cpu_slack_bytes(max(0, comes_and_goes), gathered_bytes, dtype_bytes)
-    held = highest + Counter(context=context_bytes, slack=slack)
+def _on_cpu(phases: dict[str, Counter], engine: zero.EngineMemory, context_bytes: int, slack_bytes: int, live_peak: Counter) -> Memory:
+    """Pages that nobody writes to are not resident."""
+    touched = (phase - Counter(buckets=min(engine.untouched_bytes, phase["buckets"])) for phase in phases.values())
+    held = max(touched, key=Counter.total) + Counter(context=context_bytes, slack=slack_bytes)
     return Memory(_ordered(held), held.total(), _ordered(live_peak))
 
 

@@ -14,14 +14,12 @@ from pathlib import Path
 from bone_ds.errors import ConfigError
 
 MIB = 2**20
-CPU_CONTEXT_BYTES = 520 * MIB
+CPU_CONTEXT_BYTES = 490 * MIB
 """Resident when every library is imported and the process group stands, with a small data set."""
-CPU_SLACK_BYTES = 190 * MIB
+CPU_SLACK_BYTES = 140 * MIB
 """Of what libraries load or set up in the first steps."""
-CPU_SLACK_SHARE = {2: 0.45, 4: 0.03}
-"""By the bytes of the model's dtype; fitted, and too little for some runs in fp32."""
-CPU_GATHER_SHARE = 0.75
-"""What the process group seems to hold besides what stage 3 gathers; fitted on two configurations."""
+CPU_GATHER_SHARE = 1.1
+"""What the process group and malloc seem to hold besides what stage 3 gathers in the heap; fitted on four configurations."""
 CUDA_CONTEXT_BYTES = 500 * MIB
 CUDA_SLACK_BYTES = 892 * MIB
 """Only the sum of the two is known."""
@@ -80,9 +78,9 @@ def _control_group_bytes(group: _ControlGroup) -> int | None:
     return int(limit) - int(used) + sum(int(sizes.get(name, 0)) for name in group.file_pages)
 
 
-def cpu_slack_bytes(comes_and_goes_bytes: int, gathered_bytes: int, dtype_bytes: int) -> int:
-    """What malloc keeps between tensors of other sizes, of those that come and go in a step, and what communication takes."""
-    return CPU_SLACK_BYTES + int(CPU_SLACK_SHARE[dtype_bytes] * comes_and_goes_bytes + CPU_GATHER_SHARE * gathered_bytes)
+def cpu_slack_bytes(fragmentation_bytes: int, gathered_bytes: int) -> int:
+    """What malloc keeps between tensors, and what libraries and communication take."""
+    return CPU_SLACK_BYTES + fragmentation_bytes + int(CPU_GATHER_SHARE * gathered_bytes)
 
 
 def resident_bytes() -> int:

@@ -23,8 +23,10 @@ from bone_ds import activation, inject
 from bone_ds.activation_policy import ActivationPolicy
 from bone_ds.arch import Architecture, Batch, Source
 from bone_ds.config import RunConfig
-from bone_ds.live import LiveMemory
+from bone_ds.live import LiveMemory, Moment
 from bone_ds.objective import Objective
+from bone_ds.plan import blocks
+from bone_ds.plan.blocks import Segment
 from bone_ds.plan.flops import FlopCounter
 from bone_ds.resolution import DTYPES
 
@@ -77,6 +79,8 @@ class Trace:
     """Of backward_peak_bytes, what forward has kept; the rest is transient."""
     flops: dict[str, int]
     """forward, backward, recomputed"""
+    segments: tuple[Segment, ...]
+    """The blocks that come and go, in order."""
 
     @property
     def kept_bytes(self) -> int:
@@ -106,8 +110,9 @@ def trace(config: RunConfig, architecture: Architecture, source: Source, policy:
             "trainable": {name: tuple(parameter.shape) for name, parameter in trainable.items()},
             "buffers_bytes": sum(buffer.nbytes for buffer in objective.buffers()),
         }
+        layout = blocks.layout([_form(layer) for _, layer in architecture.layers(model)], _RUN_OF_EACH)
         left_out = _leave_out(model, architecture)
-        return Trace(**facts, **_Run(objective, architecture, device, left_out, host).measure(shape))
+        return Trace(**facts, **_Run(objective, architecture, device, left_out, layout, host).measure(shape))
 
 
 def _make_fake(model: nn.Module) -> dict[int, nn.Parameter]:
@@ -197,8 +202,8 @@ class _Run:
     """Runs an objective and keeps account."""
 
     def __init__(self, objective: Objective, architecture: Architecture, device: str, left_out: Counter[Hashable],
-                 host: _Host):
-        self.objective, self.left_out, self.host = objective, left_out, host
+                 layout: list[int], host: _Host):
+        self.objective, self.left_out, self.layout, self.host = objective, left_out, layout, host
         self.live = LiveMemory(CUDA_GRANULARITY_BYTES if device == "cuda" else 1)
         self.live.claim(_FIXED, [*objective.parameters(), *objective.buffers()])
         self.counter = FlopCounter()
@@ -208,6 +213,10 @@ class _Run:
         self.host_bytes_of: dict[Hashable, int] = {}
         self.flops_of: dict[Hashable, Counter[str]] = {}
         self.form_of = {id(layer): _form(layer) for _, layer in architecture.layers(objective.model)}
+        self.place_of = {id(layer): place for place, (_, layer) in enumerate(architecture.layers(objective.model))}
+        self.marks: list[blocks.Mark] = []
+        """Of `blocks.segments`."""
+        self.moments: list[Moment] = []
         self.begun: tuple[Counter[str], Hashable, int] | None = None
         self.open: Hashable | None = None
         for _, layer in architecture.layers(objective.model):
@@ -222,7 +231,7 @@ class _Run:
 
     def measure(self, shape: Shape) -> dict:
         state = self._state(shape)
-        with _collector_at_rest(), self.live, self.counter:
+        with _collector_at_rest(), self.live, self.counter, self.live.history() as self.moments:
             fixed = self.live.total_bytes
             self.live.reset_peak()
             with self.live.component("other"):
@@ -245,6 +254,7 @@ class _Run:
             "backward_peak_bytes": self.live.peak_bytes - fixed + more.total(),
             "kept_at_backward_peak": sum(self.live.at_peak.get(kind, 0) for kind in KINDS) + more.total(),
             "flops": {part: flops[part] for part in ("forward", "backward", "recomputed")},
+            "segments": tuple(blocks.whole(blocks.segments(self.moments, fixed, self.marks), self.layout)),
         }
 
     def _state(self, shape: Shape):
@@ -253,7 +263,7 @@ class _Run:
             return None
         with torch.no_grad():
             state = self.objective(_batch(Shape((1,), 0)), None, keep_state=True)[1]
-        self.kept_of, self.flops_of, self.begun, self.forward_peak_bytes = {}, {}, None, 0
+        self.kept_of, self.flops_of, self.begun, self.forward_peak_bytes, self.marks = {}, {}, None, 0, []
         return state
 
     def _end_of_part(self) -> int:
@@ -267,6 +277,7 @@ class _Run:
         """From one layer's beginning to the next one's: what lives only until then is no part of what a layer keeps."""
         if not self.in_forward:
             return
+        self._mark(blocks.FORWARD, layer)
         self._end_of_part()
         self.begun_with_bytes = self.live.total_bytes
         now, form = Counter(self.live.by_component), self.form_of[id(layer)]
@@ -279,17 +290,25 @@ class _Run:
     def _layer_ends(self, layer: nn.Module, arguments, output) -> None:
         if not self.in_forward:
             return
+        self._mark(blocks.LOSS, None)
         self.within_a_layer = max(self.within_a_layer, self._end_of_part() - self.begun_with_bytes)
         form = self.form_of[id(layer)]
         self.flops_of[form] = self.counter.by_part - self.flops_before
         out = output if isinstance(output, Tensor) else output[0]
         if out.requires_grad:
-            out.register_hook(partial(self._backward_reaches, form))
+            out.register_hook(partial(self._backward_reaches, layer))
 
-    def _backward_reaches(self, form: Hashable, gradient: Tensor) -> None:
-        """Backward is about to enter a layer of this form, and has left the one after it."""
+    def _backward_reaches(self, layer: nn.Module, gradient: Tensor) -> None:
+        """Backward is about to enter this layer, and has left the one after it."""
+        self._mark(blocks.BACKWARD, layer)
         self._leave()
-        self.open, self.flops_before = form, Counter(self.counter.by_part)
+        self.open, self.flops_before = self.form_of[id(layer)], Counter(self.counter.by_part)
+
+    def _mark(self, part: str, layer: nn.Module | None) -> None:
+        """What is between two layers belongs to the first; only after the last one something of its own begins."""
+        if self.marks and self.marks[-1].part == blocks.LOSS and part == blocks.FORWARD:
+            self.marks.pop()
+        self.marks.append(blocks.Mark(len(self.moments), part, None if layer is None else self.place_of[id(layer)]))
 
     def _leave(self) -> None:
         if self.open is not None:

@@ -262,11 +262,10 @@ Modules = Sequence[Sequence[tuple[str, int]]]
 class Gathered:
     """Elements that stage 3 holds whole, beside its shares."""
 
-    at_end_of_forward: int
+    in_forward: tuple[int, ...]
+    """By module, in the order they run."""
     at_start_of_backward: int
     most: int
-    forward_at_most: float
-    """How far forward is when it holds the most, 0 to 1."""
 
 
 def gathered(ds: dict, world_size: int, forward: Modules, backward: Modules, device: str = "cpu") -> Gathered:
@@ -276,12 +275,11 @@ def gathered(ds: dict, world_size: int, forward: Modules, backward: Modules, dev
     """
     from_host = device == "cuda" and "offload_param" in ds_json.offloaded(ds)
     if ds["zero_optimization"]["stage"] < 3 or world_size == 1 and not from_host:
-        return Gathered(0, 0, 0, 0.0)
+        return Gathered((0,), 0, 0)
     coordinator = _Coordinator(ds["zero_optimization"], [*forward, *backward], collects=world_size > 1)
     held = [coordinator.run(step) for step in range(len(forward) + len(backward))]
     middle = len(forward)
-    most = max(held)
-    return Gathered(max(held[middle - 2:middle]), max(held[middle:middle + _start(backward)]), most, min(1.0, held.index(most) / middle))
+    return Gathered(tuple(held[:middle]), max(held[middle:middle + _start(backward)]), max(held))
 
 
 def _start(backward: Modules) -> int:
