@@ -14,8 +14,8 @@ from pathlib import Path
 from bone_ds.errors import ConfigError
 
 MIB = 2**20
-CPU_CONTEXT_BYTES = 490 * MIB
-"""Resident when every library is imported and the process group stands, with a small data set."""
+CPU_CONTEXT_BYTES = 420 * MIB
+"""Resident when every library is imported and the process group stands, with a small data set that is in the cache of tokens."""
 CPU_SLACK_BYTES = 140 * MIB
 """Of what libraries load or set up in the first steps."""
 CPU_GATHER_SHARE = 1.1
