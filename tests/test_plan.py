@@ -488,7 +488,7 @@ def test_stage_3_shares_and_gathers():
     assert gathered(ds, 1).most == 0
     assert gathered(ds, 2).most < 2 * 10 * MILLION + 3000  # a module's flat buffer and its copies
     zero_section["stage3_max_reuse_distance"] = 10**9
-    assert gathered(ds, 2).at_end_of_forward >= 45 * MILLION
+    assert gathered(ds, 2).in_forward[-1] >= 45 * MILLION
     halves = [zero.engine_memory(ds, ranks, [4 * MILLION], [MILLION], 2, True).fixed["weights"] for ranks in (1, 2)]
     assert halves == [8 * MILLION, 4 * MILLION]
 
