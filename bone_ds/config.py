@@ -284,8 +284,8 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
         yield f"data.eval_samples: {data.eval_samples} without data.eval; name a held-out file"
     if train.steps is not None and train.epochs is not None:
         yield f"train.steps: {train.steps} and train.epochs: {train.epochs} are both given; keep one"
-    if train.steps is not None and train.warmup_steps > train.steps:
-        yield f"train.warmup_steps: {train.warmup_steps} is more than train.steps: {train.steps}"
+    if train.steps is not None:
+        yield from conflicts_with_steps(train, train.steps)
     if train.chunk_length is not None and train.chunk_length >= data.max_length:
         yield (f"train.chunk_length: {train.chunk_length} has no effect, samples are at most data.max_length: {data.max_length} long; "
                "raise that one, or remove this")
@@ -298,6 +298,16 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
         yield "train.final_lr_ratio: 0.0 is out of reach of train.schedule: exponential; give what is left at the end, for example 0.1"
     if train.cycles is not None and train.schedule != "cosine_restarts":
         yield f"train.cycles: {train.cycles} is for train.schedule: cosine_restarts, this is {train.schedule!r}; remove one"
+
+
+def conflicts_with_steps(train: TrainConfig, steps: int) -> Iterator[str]:
+    """What of the learning rate's course has no room in a run of `steps`."""
+    of = f"train.steps: {steps}" if train.steps else f"the run's {steps} steps"
+    left, cycles = steps - train.warmup_steps, train.cycles or 2
+    if left < 0:
+        yield f"train.warmup_steps: {train.warmup_steps} is more than {of}"
+    elif train.schedule == "cosine_restarts" and left < 2 * cycles:  # in cycles of one step nothing falls
+        yield f"train.cycles: {cycles} in the {left} steps after the warm-up, of {of}, are under 2 steps each; give fewer, or more steps"
 
 
 def _data_conflicts(data: DataConfig) -> Iterator[str]:

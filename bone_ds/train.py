@@ -14,7 +14,7 @@ import torch
 from bone_ds import activation, adapter_file, arch, checkpoint, ds_json, monitoring, plan, resolution
 from bone_ds import engine as engines
 from bone_ds.arch import Architecture, Source
-from bone_ds.config import RunConfig
+from bone_ds.config import RunConfig, conflicts_with_steps
 from bone_ds.data import GlobalOrder, Samples, collate_chunks, deal, load_samples
 from bone_ds.engine import Engine
 from bone_ds.errors import BoneError, CheckpointError, ConfigError, DataError
@@ -64,8 +64,8 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False, force: bool = F
         held_out = held_out_samples and HeldOut(
             held_out_samples, config.data.packing, config.data.max_length, ranks, device, config.train.chunk_length)
         steps = config.train.steps or order.steps_in_epochs(config.train.epochs or 1)
-        if config.train.warmup_steps > steps:
-            raise ConfigError(f"train.warmup_steps: {config.train.warmup_steps} is more than the run's {steps} steps")
+        for conflict in conflicts_with_steps(config.train, steps):
+            raise ConfigError(conflict)
         planned, plan_lines = _plan(config, ranks, architecture, source, samples, order, device)
         if planned and planned.cannot_fit and not force:
             raise ConfigError(plan.refusal(planned))

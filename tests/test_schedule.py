@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from bone_ds.config import TrainConfig, validate
+from bone_ds.config import TrainConfig, conflicts_with_steps, validate
 from bone_ds.errors import ConfigError
 from bone_ds.step import learning_rate
 
@@ -66,6 +66,9 @@ def test_exponential_is_torchs():
     ({"schedule": "exponential"}, "train.final_lr_ratio: 0.0 is out of reach of train.schedule: exponential"),
     ({"cycles": 3}, "train.cycles: 3 is for train.schedule: cosine_restarts, this is 'cosine'"),
     ({"schedule": "cosine_restarts", "cycles": 1}, "train.cycles: 1"),
+    ({"schedule": "cosine_restarts", "cycles": 10, "steps": 19},
+     "train.cycles: 10 in the 19 steps after the warm-up, of train.steps: 19, are under 2 steps each"),
+    ({"schedule": "cosine_restarts", "warmup_steps": 7, "steps": 10}, "train.cycles: 2 in the 3 steps after the warm-up"),
     ({"schedule": "cosine_restart"}, "did you mean 'cosine_restarts'?"),
 ], ids=str)
 def test_a_course_that_is_refused(fields, says):
@@ -73,6 +76,14 @@ def test_a_course_that_is_refused(fields, says):
     with pytest.raises(ConfigError) as error:
         validate(tree, "run.yaml")
     assert says in str(error.value)
+
+
+def test_the_most_cycles_that_are_taken_still_fall():
+    fields = TrainConfig(learning_rate=1.0, schedule="cosine_restarts", cycles=5, warmup_steps=2)
+    assert not list(conflicts_with_steps(fields, 12))
+    assert [learning_rate(fields, step, 12) for step in range(2, 12)] == pytest.approx(5 * [1.0, 0.5])
+    assert list(conflicts_with_steps(fields, 11)) == [
+        "train.cycles: 5 in the 9 steps after the warm-up, of the run's 11 steps, are under 2 steps each; give fewer, or more steps"]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "cosine_restarts", "exponential"])
