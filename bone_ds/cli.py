@@ -317,9 +317,12 @@ def _plan(options: argparse.Namespace, given: list[str]) -> int:
     world_size = options.ranks or max(1, gpus)
     device = options.device or ("cuda" if gpus or capacity_bytes else "cpu")
     from bone_ds import plan
-    from bone_ds.plan.process import capacity_bytes as capacity_here
 
-    planned = plan.plan(config, world_size, device, capacity_bytes or capacity_here(device, world_size))
+    if capacity_bytes:  # of a machine that may be another
+        planned = plan.plan(config, world_size, device, capacity_bytes)
+    else:
+        planned = plan.plan(config, world_size, device, plan.process.capacity_bytes(device, world_size),
+                            plan.process.host_capacity_bytes(device, world_size))
     print(json.dumps(planned.as_dict(), indent=2) if options.json else plan.table(planned))
     return 0
 

@@ -173,7 +173,9 @@ def _planned(config: RunConfig, ranks: Ranks, architecture: Architecture, source
     capacity_bytes = plan.process.capacity_bytes(device.type, ranks.local_world_size)
     if device.type == "cpu":
         capacity_bytes += held_bytes
-    return plan.of_run(config, ranks.world_size, architecture, source, samples, order, device.type, capacity_bytes, held_bytes)
+    host_capacity_bytes = plan.process.host_capacity_bytes(device.type, ranks.local_world_size)
+    return plan.of_run(config, ranks.world_size, architecture, source, samples, order, device.type, capacity_bytes, held_bytes,
+                       host_capacity_bytes)
 
 
 def _load_data(config: RunConfig, architecture: Architecture, source: Source, device: torch.device) -> tuple[Samples, Samples | None]:

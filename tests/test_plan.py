@@ -350,7 +350,9 @@ def test_what_is_offloaded_is_in_host_memory(tmp_path, ranks):
     assert both.host_by_component["optimizer"] == 12 * 72_876_032 / ranks
     assert 0 < both.by_component["gathered"] < 0.1 * none.by_component["weights"] * ranks
     assert both.peak_bytes < none.peak_bytes - 0.7 * none.by_component["weights"]
-    assert "host memory of one rank beside it" in plan.table(both) and "of host memory" in plan.line(both)
+    assert "host memory of one rank beside it" in plan.table(both) and "of host memory, " in plan.line(both)
+    both = replace(both, host_capacity_bytes=2**33)
+    assert "of 8.000 that are there" in plan.table(both) and "of host memory (8.00 are there), " in plan.line(both)
     unpinned = planned(offload_param={"device": "cpu", "pin_memory": False})
     assert unpinned.host_by_component["weights"] == none.by_component["weights"] - buffers_bytes
     assert "optimizer" not in unpinned.host_by_component
@@ -368,7 +370,12 @@ def test_offload_is_proposed_where_the_device_has_memory_of_its_own():
 
     change, = changes.that_fit(planned, config, again)
     assert change.overrides == {"deepspeed.config": "zero3_offload"} and change.host_bytes == 2**31 and change.same_results
-    assert "2.00 GiB of host memory a rank, no more FLOPs; every weight is copied" in plan.table(replace(planned, changes=(change,)))
+    told = replace(planned, changes=(change,))
+    assert "2.00 GiB of host memory a rank, no more FLOPs; every weight is copied" in plan.table(told)
+    for line in (plan.refusal(told), plan.warning(told)):
+        assert "2.00 GiB of host memory a rank, no more FLOPs, every weight is copied from host memory twice a micro-batch)" in line
+    assert changes.that_fit(replace(planned, host_capacity_bytes=2**31), config, again) == (change,)
+    assert not changes.that_fit(replace(planned, host_capacity_bytes=2**31 - 1), config, again)
     assert not changes.that_fit(replace(planned, device="cpu"), config, again)
 
 

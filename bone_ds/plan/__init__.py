@@ -32,10 +32,11 @@ _FILE_HEADER_BYTES = 90
 """Of one tensor in a safetensors file, about."""
 
 
-def plan(config: RunConfig, world_size: int, device: str = "cpu", capacity_bytes: int | None = None) -> Plan:
+def plan(config: RunConfig, world_size: int, device: str = "cpu", capacity_bytes: int | None = None,
+         host_capacity_bytes: int | None = None) -> Plan:
     """Plans from the files that are there; what isn't is assumed and said in `notes`. Raises BoneError.
 
-    device: cpu or cuda, of the run, not of this process. capacity_bytes: of one rank.
+    device: cpu or cuda, of the run, not of this process. capacity_bytes, host_capacity_bytes: of one rank, the latter beside a GPU's.
     """
     architecture = arch.resolve(config.model)
     resolution.check(config, architecture)
@@ -43,12 +44,12 @@ def plan(config: RunConfig, world_size: int, device: str = "cpu", capacity_bytes
     notes = [] if source.fingerprint else [f"{config.model.path}: the weights are not there; planned from the sizes of {source.origin}"]
     samples, missing = _samples(config, architecture, source)
     return of_run(config, world_size, architecture, source, samples, device=device, capacity_bytes=capacity_bytes,
-                  notes=(*notes, *missing))
+                  host_capacity_bytes=host_capacity_bytes, notes=(*notes, *missing))
 
 
 def of_run(config: RunConfig, world_size: int, architecture: Architecture, source: Source, samples: Samples | None,
            order: GlobalOrder | None = None, device: str = "cpu", capacity_bytes: int | None = None, held_bytes: int | None = None,
-           notes: tuple[str, ...] = ()) -> Plan:
+           host_capacity_bytes: int | None = None, notes: tuple[str, ...] = ()) -> Plan:
     """As `plan`, of what is open and loaded already. held_bytes: what the process holds by now (cpu)."""
     order = order or (samples and workload.order_of(config, samples))
     traces: dict[Hashable, Trace] = {}
@@ -58,7 +59,8 @@ def of_run(config: RunConfig, world_size: int, architecture: Architecture, sourc
         return _planned(changed, ranks, architecture, source, *batches, device, held_bytes, traces)
 
     planned = again(config, world_size)
-    planned = replace(planned, capacity_bytes=capacity_bytes, notes=(*notes, *planned.notes))
+    planned = replace(
+        planned, capacity_bytes=capacity_bytes, host_capacity_bytes=host_capacity_bytes, notes=(*notes, *planned.notes))
     return replace(planned, changes=changes.that_fit(planned, config, again)) if planned.fits is False else planned
 
 
@@ -99,7 +101,8 @@ def _planned(config: RunConfig, world_size: int, architecture: Architecture, sou
         host_by_component=held.host_by_component, saved_by_layer_kind=traced.kept_by_kind,
         flops=_flops(traced, shape, work, world_size), workload=work,
         checkpoint_bytes=3 * 4 * trainable + 3 * _FILE_HEADER_BYTES * len(traced.trainable),
-        adapter_bytes=4 * trainable + _FILE_HEADER_BYTES * len(traced.trainable), capacity_bytes=None, changes=())
+        adapter_bytes=4 * trainable + _FILE_HEADER_BYTES * len(traced.trainable), capacity_bytes=None,
+        host_capacity_bytes=None, changes=())
 
 
 def _flops(traced: Trace, shape: Shape, work: Workload, world_size: int) -> Flops:

@@ -32,13 +32,18 @@ def that_fit(planned: Plan, config: RunConfig, again: Replan) -> tuple[Change, .
             other = again(_changed(config, candidate.overrides), ranks)
         except BoneError:
             continue  # the configuration or the model has no such combination
-        if other.peak_bytes <= planned.capacity_bytes:
+        if other.peak_bytes <= planned.capacity_bytes and _host_has(planned, other.host_bytes):
             ratio = other.flops.total * ranks / max(1, planned.flops.total * planned.world_size)
             found.append(Change(
                 candidate.overrides, other.peak_bytes, other.host_bytes, round(ratio, 3), candidate.same_results, candidate.note))
         if len(found) == _MOST:
             break
     return tuple(sorted(found, key=lambda change: (not change.same_results, change.flops_ratio)))
+
+
+def _host_has(planned: Plan, host_bytes: int) -> bool:
+    """Also where nobody said how much it has."""
+    return planned.host_capacity_bytes is None or host_bytes <= planned.host_capacity_bytes
 
 
 def _candidates(planned: Plan, config: RunConfig) -> Iterator[_Candidate]:

@@ -59,8 +59,15 @@ def capacity_bytes(device: str, local_world_size: int) -> int | None:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
+def host_capacity_bytes(device: str, local_world_size: int) -> int | None:
+    """Memory of this machine that one rank has beside its GPU's; None on a CPU, and where there is no GPU."""
+    import torch
+
+    return available_bytes(local_world_size) if device == "cuda" and torch.cuda.is_available() else None
+
+
 def available_bytes(local_world_size: int) -> int:
-    """Memory that each of this host's ranks may take on a CPU: what the system calls available, within the control group's limit."""
+    """Memory that each of this host's ranks may take: what the system calls available, within the control group's limit."""
     free = [_meminfo("MemAvailable")]
     free += [left for left in map(_control_group_bytes, _CONTROL_GROUPS) if left is not None]
     return min(free) // local_world_size

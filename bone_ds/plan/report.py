@@ -103,6 +103,8 @@ class Plan:
     """On disk."""
     capacity_bytes: int | None
     """Of one rank; None where nobody said."""
+    host_capacity_bytes: int | None
+    """Host memory of one rank beside its device's; None where nobody said, and on a CPU. Nothing is refused by it."""
     changes: tuple[Change, ...]
     """That would make it fit, by FLOPs added, and last those that change what is learnt; empty where it fits."""
 

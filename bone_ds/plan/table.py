@@ -28,7 +28,8 @@ def line(plan: Plan) -> str:
     of = f" of {gib(plan.capacity_bytes)}" if plan.capacity_bytes else ""
     largest = sorted(plan.by_component.items(), key=lambda item: -item[1])[:3]
     parts = ", ".join(f"{name} {_in_gib(size)}" for name, size in largest)
-    beside = f", {gib(plan.host_bytes)} of host memory" if plan.host_bytes else ""
+    there = "" if plan.host_capacity_bytes is None else f" ({_in_gib(plan.host_capacity_bytes)} are there)"
+    beside = f", {gib(plan.host_bytes)} of host memory{there}" if plan.host_bytes else ""
     return (f"plan: {gib(plan.peak_bytes)}{of} a rank ({parts}){beside}, {flop(plan.flops.total * plan.world_size)} and "
             f"{plan.workload.tokens_per_step:,.0f} tokens a step, {plan.trainable_parameters:,} trainable")
 
@@ -76,7 +77,8 @@ def _cost(change: Change) -> str:
 
 
 def _options(plan: Plan) -> str:
-    return "; ".join(f"{change} ({gib(change.peak_bytes)}, {_cost(change)})" for change in plan.changes)
+    return "; ".join(f"{change} ({gib(change.peak_bytes)}, {_cost(change)}{', ' + change.note if change.host_bytes else ''})"
+                     for change in plan.changes)
 
 
 def _spread(plan: Plan) -> str:
@@ -104,7 +106,8 @@ def _host(plan: Plan) -> list[str]:
         return []
     lines = ["", "host memory of one rank beside it, at its highest, GiB"]
     lines += [f"  {component:<12}{size / GIB:>8.3f}" for component, size in plan.host_by_component.items()]
-    return [*lines, f"  {'total':<12}{plan.host_bytes / GIB:>8.3f}"]
+    there = "" if plan.host_capacity_bytes is None else f"  of {plan.host_capacity_bytes / GIB:.3f} that are there"
+    return [*lines, f"  {'total':<12}{plan.host_bytes / GIB:>8.3f}{there}"]
 
 
 def _kept(plan: Plan) -> list[str]:
