@@ -27,7 +27,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=["bone_ds", "bone_ds.bone", "bone_ds.data", "bone_ds.demo", "bone_ds.engine", "bone_ds.formats", "bone_ds.hugging_face",
-              "bone_ds.inspection", "bone_ds.plan", "bone_ds.profile", "llama_adapters", "rwkv_adapters", "rwkv_adapters.wkv6", "ds_configs"],
+              "bone_ds.inspection", "bone_ds.plan", "bone_ds.profile", "llama_adapters", "rwkv_adapters", "rwkv_adapters.wkv6",
+              "ds_configs"],
     package_data={"ds_configs": ["*.json"], "bone_ds": ["recipes/*.yaml"], "bone_ds.bone": ["README.md"],
                   "bone_ds.profile": ["page.html.jinja"],
                   "bone_ds.demo": ["*.pth", "MODEL_CARD.md"]},
@@ -56,6 +57,6 @@ setup(
     ext_modules=[Extension("rwkv_adapters.wkv6.kernel", ["rwkv_adapters/wkv6/kernel.c"], optional=True)],
     cmdclass={"build_ext": BuildKernel},
     extras_require={"gpu": ["fla-core>=0.6,<0.7", "triton>=3.3"],
-                    "test": ["pytest>=9.2,<10", "pytest-xdist>=3.8,<4", "hypothesis>=6.170,<7"]},
+                    "test": ["pytest>=9.2,<10", "pytest-xdist>=3.8,<4", "hypothesis>=6.170,<7", "tensorboard>=2.21,<3"]},
     entry_points={"console_scripts": ["bone-ds = bone_ds.cli:main"]},
 )

@@ -60,6 +60,14 @@ def test_imports_go_one_way(path):
         assert {unit(ours) for ours in used if ours.startswith("bone_ds")} <= {"bone_ds.bone", "bone_ds.errors"}
 
 
+def test_every_package_is_installed():
+    """An editable install finds those that setup.py leaves out."""
+    setup = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    packages, = (keyword.value for node in ast.walk(setup) if isinstance(node, ast.Call) for keyword in node.keywords
+                 if keyword.arg == "packages")
+    assert sorted(ast.literal_eval(packages)) == sorted(module_name(path) for path in FILES if path.name == "__init__.py")
+
+
 def test_every_module_has_its_place():
     assert {unit(module_name(path)) for path in FILES} - {None} == set(LEVEL)
     assert [module_name(path) for path in FILES if unit(module_name(path)) is None] == ["bone_ds"]
