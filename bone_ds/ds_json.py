@@ -50,8 +50,8 @@ def resolve(config: RunConfig, world_size: int) -> dict:
     for key, value in derived.items():
         _check_agreement(origin, given, key, value)
     policy = policy_of(config, origin, given.get("activation_checkpointing", {}))
-    monitors = monitoring.sections(config, origin, given)
-    return given | {key: value for key, (value, _) in derived.items()} | monitors | {"activation_checkpointing": policy.section()}
+    monitoring.check(origin, given)
+    return given | {key: value for key, (value, _) in derived.items()} | {"activation_checkpointing": policy.section()}
 
 
 def stage(resolved: dict) -> int:

@@ -6,7 +6,6 @@ import difflib
 from importlib.util import find_spec
 from pathlib import Path
 
-from bone_ds.config import RunConfig
 from bone_ds.errors import ConfigError
 
 _FIELDS = {
@@ -19,30 +18,44 @@ _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 """What DeepSpeed imports; csv_monitor needs nothing."""
 
 
-def sections(config: RunConfig, origin: str, given: dict) -> dict[str, dict]:
-    """The monitor sections of the JSON `origin`, those that write files in the run directory where it doesn't say otherwise.
+def check(origin: str, given: dict) -> None:
+    """Raises ConfigError for a monitor section of the JSON `origin` that would not be obeyed."""
+    for name in SECTIONS:
+        if name in given:
+            _check(origin, name, given[name])
+
+
+def placed(resolved: dict, directory: Path) -> dict[str, dict]:
+    """The monitor sections, those that write files in the run directory where they don't say otherwise.
 
     DeepSpeed's own default is a directory of a fixed name wherever the command was started, shared by all runs.
     """
-    found = {name: given[name] for name in SECTIONS if name in given}
-    for name, section in found.items():
-        _check(origin, name, section)
-    directory = str(Path(config.output.directory).expanduser())
-    defaults = {name: {"output_path": directory, "job_name": name} if "output_path" in _FIELDS[name] else {} for name in found}
-    return {name: defaults[name] | section for name, section in found.items()}
+    found = {name: resolved[name] for name in SECTIONS if name in resolved}
+    return {name: _placed(name, section, directory) if "output_path" in _FIELDS[name] else section for name, section in found.items()}
+
+
+def _placed(name: str, section: dict, directory: Path) -> dict:
+    output_path = Path(section.get("output_path", directory)).expanduser()
+    return {"job_name": name} | section | {"output_path": str(output_path)}
 
 
 def without(resolved: dict) -> dict:
-    """The configuration of a run that is measured and thrown away: nothing is reported."""
+    """What DeepSpeed's engine is told: it opens no monitor by itself."""
     return {key: value for key, value in resolved.items() if key not in SECTIONS}
 
 
 def check_installed(resolved: dict) -> None:
     """Raises ConfigError for a monitor that is on and whose package is not there."""
     for name, package in _PACKAGES.items():
-        if resolved.get(name, {}).get("enabled") and find_spec(package) is None:
+        if resolved.get(name, {}).get("enabled") and not _is_installed(package):
             raise ConfigError(f"deepspeed.config: {name}: needs the package {package}, which is not installed; "
                               f"pip install {package}, or set {name}.enabled to false")
+
+
+def _is_installed(package: str) -> bool:
+    """A directory of that name where the command is started, like the one that wandb writes to, is found without an origin."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def _check(origin: str, name: str, section: object) -> None:

@@ -23,7 +23,7 @@ class StepResult:
     gradient_norms: dict[str, float] = field(default_factory=dict)
     """By adapter tensor, before clipping; empty unless asked for."""
     adapter_norms: dict[str, float] = field(default_factory=dict)
-    """By adapter tensor, after the step; empty unless asked for."""
+    """By adapter tensor, after the step, rounded to the model's dtype below ZeRO-3; empty unless asked for."""
 
 
 def optimizer_step(engine: Engine, batches: list[Batch], label_tokens: int, learning_rate: float,

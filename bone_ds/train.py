@@ -16,7 +16,7 @@ from bone_ds import engine as engines
 from bone_ds.arch import Architecture, Source
 from bone_ds.config import RunConfig, conflicts_with_steps
 from bone_ds.data import GlobalOrder, Samples, collate_chunks, deal, load_samples
-from bone_ds.engine import Engine
+from bone_ds.engine import Engine, Monitor
 from bone_ds.errors import BoneError, CheckpointError, ConfigError, DataError
 from bone_ds.evaluate import HeldOut
 from bone_ds.inject import check, inject
@@ -80,6 +80,8 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False, force: bool = F
             if first_step > steps:
                 raise ConfigError(f"--resume: the run has done {first_step} steps already, more than the {steps} now asked for")
         engines.barrier()
+        # Before the run directory is made: Weights & Biases may be refused. The other ranks report nothing.
+        monitor = Monitor(monitoring.placed(ds, run.path) if ranks.is_first else {}, first_step)
         if ranks.is_first:
             run.create(config, ds)
             with run.log.open("a", encoding="utf-8") as log:
@@ -92,12 +94,12 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False, force: bool = F
             progress.say(f"warning: zero_optimization.{' and '.join(fields)}: no memory is saved on a CPU, where all of it is the host's")
         if warning := resolution.context_warning(architecture, source, int(samples.lengths.max())):
             progress.say(warning)
-        writer = _Writer(config, ranks, run, engine, architecture, source, samples)
+        writer = _Writer(config, ranks, run, engine, monitor, architecture, source, samples)
         if resume:
             # The run may have ended between its last checkpoint and the adapter of it.
             writer.write_adapter(first_step, engine.gather("master"))
 
-        evaluation = _evaluate(held_out, engine, run, ranks, progress, first_step)
+        evaluation = _evaluate(held_out, engine, run, monitor, ranks, progress, first_step)
         result = None
         adapted = config.adapter.method != "full"  # a fresh model has layers behind zeros that get no gradient at first
         for step in range(first_step, steps):
@@ -123,7 +125,7 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False, force: bool = F
                     f"Lower train.learning_rate: {config.train.learning_rate}, or look for bad rows in "
                     f"{', '.join(config.data.train_paths)}")
             if held_out and (done % config.train.eval_every == 0 or done == steps):
-                evaluation = _evaluate(held_out, engine, run, ranks, progress, done)
+                evaluation = _evaluate(held_out, engine, run, monitor, ranks, progress, done)
             if done == steps or config.train.save_every and done % config.train.save_every == 0:
                 writer.save(done)
 
@@ -145,7 +147,7 @@ def build_engine(config: RunConfig, architecture: Architecture, source: Source, 
     architecture.load(model, source, placement)
     trainable = inject(model, architecture, config.adapter)
     activation.apply(model, architecture, policy)
-    return Engine(Objective(model, architecture, config.train.loss_chunk, config.train.l2wrap), trainable, ds)
+    return Engine(Objective(model, architecture, config.train.loss_chunk, config.train.l2wrap), trainable, monitoring.without(ds))
 
 
 def _plan(config: RunConfig, ranks: Ranks, architecture: Architecture, source: Source, samples: Samples, order: GlobalOrder,
@@ -195,14 +197,14 @@ def _load_split(config: RunConfig, tokenizer, split: Literal["train", "eval"], d
     return replace(samples, parts=parts)
 
 
-def _evaluate(held_out: HeldOut | None, engine: Engine, run: RunDirectory, ranks: Ranks, progress: Progress, step: int):
+def _evaluate(held_out: HeldOut | None, engine: Engine, run: RunDirectory, monitor: Monitor, ranks: Ranks, progress: Progress, step: int):
     if held_out is None:
         return None
     evaluation = held_out.evaluate(engine)
     progress.say(f"step {step}  held-out loss {evaluation.loss:.4f}")
     if ranks.is_first:
         run.record("eval", step=step, **asdict(evaluation))
-        engine.monitor.write(step, {"eval/loss": evaluation.loss})
+        monitor.write(step, {"eval/loss": evaluation.loss})
     return evaluation
 
 
@@ -245,6 +247,7 @@ class _Writer:
     ranks: Ranks
     run: RunDirectory
     engine: Engine
+    monitor: Monitor
     architecture: Architecture
     source: Source
     samples: Samples
@@ -256,14 +259,14 @@ class _Writer:
             "positions_per_s": positions, "tokens_per_s": tokens, "label_tokens_per_s": label_tokens,
             "memory_gib": round(peak_memory_gib(), 3)}
         self.run.record("step", step=step, epoch=window.epoch, tokens=sum(window.unit_tokens), label_tokens=window.label_tokens, **measured)
-        self.engine.monitor.write(step, {f"train/{name}": value for name, value in measured.items()})
+        self.monitor.write(step, {f"train/{name}": value for name, value in measured.items()})
         if result.adapter_norms:
             self._record_norms(step, {"gradient": result.gradient_norms, "adapter": result.adapter_norms})
 
     def _record_norms(self, step: int, norms: dict[str, dict[str, float]]) -> None:
         self.run.record("norms", step=step, **norms)
         for what, by_tensor in norms.items():
-            self.engine.monitor.write(step, {f"{what}_norm/{name}": norm for name, norm in by_tensor.items()})
+            self.monitor.write(step, {f"{what}_norm/{name}": norm for name, norm in by_tensor.items()})
 
     def write_adapter(self, step: int, masters: dict[str, torch.Tensor]) -> None:
         """masters: whole on rank 0, which writes."""

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bone_ds.launch import Ranks
+
 torch.set_num_threads(1)  # the models are tiny
 
 SHARE_RUNS = ("test_zero", "test_resume")
@@ -21,6 +23,14 @@ def pytest_collection_modifyitems(items):
 def pytest_addoption(parser):
     parser.addoption("--smollm2", metavar="GGUF", help="SmolLM2-135M-Instruct.Q4_1.gguf; `make demo` fetches one into .demo/")
     parser.addoption("--rwkv6", metavar="PTH", help="an RWKV6 of 256 tokens that was really trained, such as rwkv.cpp's test models")
+
+
+@pytest.fixture
+def alone(monkeypatch) -> Ranks:
+    """This process as the one rank of a run."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    return Ranks(0, 0, 1, 1)
 
 
 @pytest.fixture(scope="session")

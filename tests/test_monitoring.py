@@ -2,8 +2,12 @@
 
 import csv
 import json
-from importlib.util import find_spec
+import shutil
+import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import tiny
@@ -11,8 +15,10 @@ import yaml
 from test_command_line import shell
 
 from bone_ds import ds_json, monitoring
-from bone_ds.config import validate
+from bone_ds.config import RunConfig, validate
+from bone_ds.engine.monitor import _drop_rows_after
 from bone_ds.errors import ConfigError
+from bone_ds.train import train
 
 STEPS = 4
 PER_STEP = ("loss", "learning_rate", "grad_norm", "step_s", "positions_per_s", "tokens_per_s", "label_tokens_per_s", "memory_gib")
@@ -27,20 +33,19 @@ def resolved(directory: Path, **sections) -> dict:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """Two ranks at stage 3, two steps and, resumed, two more; every monitor that is installed."""
+    """Two ranks at stage 3, three steps, and resumed from the checkpoint of the second, two more."""
     directory = tmp_path_factory.mktemp("monitored")
     tiny.write_model(directory / "model")
     tiny.write_rows(directory / "rows.jsonl")
-    monitors = {"csv_monitor": {"enabled": True}}
-    if find_spec("tensorboard"):
-        monitors["tensorboard"] = {"enabled": True, "job_name": "tb"}
-    resolved(directory, **monitors)
-    tree = tiny.config_tree(directory / "model", directory / "rows.jsonl", directory / "run", train={"log_norms_every": 2},
-                            deepspeed={"config": str(directory / "ds.json")})
+    resolved(directory, csv_monitor={"enabled": True}, tensorboard={"enabled": True, "job_name": "tb"})
+    tree = tiny.config_tree(directory / "model", directory / "rows.jsonl", directory / "run",
+                            deepspeed={"config": str(directory / "ds.json")}, train={"log_norms_every": 2, "save_every": 2})
     (directory / "run.yaml").write_text(yaml.safe_dump(tree))
-    for more in (["train.steps=2"], [f"train.steps={STEPS}", "--resume"]):
+    for more in (["train.steps=3"], [f"train.steps={STEPS}", "--resume"]):
         done = shell("train", "run.yaml", "--ranks", "2", *more, directory=directory)
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        if "--resume" not in more:
+            shutil.rmtree(directory / "run" / "checkpoints" / "step-00000003")
     return directory / "run"
 
 
@@ -49,13 +54,14 @@ def events(run: Path, kind: str) -> list[dict]:
 
 
 def expected(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Name -> (step, value) of all that is reported, from events.jsonl."""
-    series = {f"train/{name}": [(event["step"], event[name]) for event in events(run, "step")] for name in PER_STEP}
-    series["eval/loss"] = [(event["step"], event["loss"]) for event in events(run, "eval")]
+    """Name -> (step, value) of all that is reported, from events.jsonl: of a step that was trained twice the last."""
+    series = {f"train/{name}": {event["step"]: event[name] for event in events(run, "step")} for name in PER_STEP}
+    resumed = [event["step"] for event in events(run, "start") if event["step"]]
+    series["eval/loss"] = {event["step"]: event["loss"] for event in events(run, "eval") if event["step"] not in resumed}
     norms = events(run, "norms")
     for what in ("gradient", "adapter"):
-        series |= {f"{what}_norm/{name}": [(event["step"], event[what][name]) for event in norms] for name in norms[0][what]}
-    return series
+        series |= {f"{what}_norm/{name}": {event["step"]: event[what][name] for event in norms} for name in norms[0][what]}
+    return {name: sorted(points.items()) for name, points in series.items()}
 
 
 def test_norms_are_recorded_every_so_many_steps(run):
@@ -68,6 +74,13 @@ def test_norms_are_recorded_every_so_many_steps(run):
     assert norms[0]["adapter"] != norms[1]["adapter"]
 
 
+def test_a_step_that_was_trained_twice_is_reported_once(run):
+    assert [event["step"] for event in events(run, "step")] == [1, 2, 3, 3, 4]
+    assert [event["step"] for event in events(run, "eval")] == [0, 3, 2, 3, 4]
+    series = expected(run)
+    assert [step for step, _ in series["train/loss"]] == [1, 2, 3, 4] and [step for step, _ in series["eval/loss"]] == [0, 3, 4]
+
+
 def test_csv_files_hold_what_events_hold_with_one_header_also_after_a_resume(run):
     series = expected(run)
     files = {path.stem: path for path in (run / "csv_monitor").iterdir()}
@@ -77,11 +90,9 @@ def test_csv_files_hold_what_events_hold_with_one_header_also_after_a_resume(run
             header, *rows = csv.reader(file)
         assert header == ["step", name.rpartition("/")[2]]
         assert [(int(step), float(value)) for step, value in rows] == points
-    assert [step for step, _ in series["train/loss"]] == [1, 2, 3, 4]
 
 
 def test_tensorboard_holds_what_events_hold(run):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     accumulator = EventAccumulator(str(run / "tb"))
@@ -94,12 +105,78 @@ def test_tensorboard_holds_what_events_hold(run):
         assert [value for _, value in shown] == pytest.approx([value for _, value in points], rel=1e-6)
 
 
-def test_files_go_to_the_run_directory_or_where_the_json_says(tmp_path):
-    ours = resolved(tmp_path, csv_monitor={"enabled": True}, tensorboard={"enabled": True, "output_path": "/tb", "job_name": "a"})
-    assert ours["csv_monitor"] == {"enabled": True, "output_path": str(tmp_path / "run"), "job_name": "csv_monitor"}
-    assert ours["tensorboard"] == {"enabled": True, "output_path": "/tb", "job_name": "a"}
-    assert resolved(tmp_path, **{name: ours[name] for name in ("csv_monitor", "tensorboard")}) == ours
+def test_files_go_to_the_run_directory_or_where_the_json_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    given = {"csv_monitor": {"enabled": True}, "tensorboard": {"enabled": True, "output_path": "~/tb", "job_name": "a"},
+             "wandb": {"enabled": True, "project": "bone"}}
+    ours = resolved(tmp_path, **given)
+    assert given.items() <= ours.items()  # what is written down names no directory of this run
+    assert monitoring.placed(ours, Path("run")) == given | {
+        "csv_monitor": {"enabled": True, "output_path": "run", "job_name": "csv_monitor"},
+        "tensorboard": {"enabled": True, "output_path": "/home/someone/tb", "job_name": "a"}}
     assert not monitoring.without(ours).keys() & set(monitoring.SECTIONS)
+
+
+@pytest.mark.parametrize("before, after", [
+    (b"step,loss\r\n1,0.5\r\n2,0.4\r\n3,0.3\r\n12,0.2\r\n", b"step,loss\r\n1,0.5\r\n2,0.4\r\n"),
+    (b"step,loss\n1,0.5\n2,0.4\n", b"step,loss\n1,0.5\n2,0.4\n"),
+    (b"step,loss\n1,0.5\n4,0.4\n1,0.6\n4,0.3\n", b"step,loss\n1,0.5\n4,0.4\n1,0.6\n"),  # of another run, sooner
+    (b"step,loss\n2,0.4\n1", b"step,loss\n2,0.4\n"),  # torn
+    (b"step,lo", b""), (b"", b"")])
+def test_rows_of_steps_to_be_trained_again_go(tmp_path, before, after):
+    path = tmp_path / "train_loss.csv"
+    path.write_bytes(before)
+    _drop_rows_after(path, 2)
+    assert path.read_bytes() == after
+
+
+WANDB = """
+calls = []
+def init(**fields):
+    calls.append(fields)
+    {refusal}
+def log(values, step=None, commit=None):
+    calls.append((step, values))
+"""
+
+
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+    """Makes the module, refusing or not, and returns a config that reports to it and to files, and what `import wandb` gives then."""
+    def make(refusal: str = "") -> tuple[RunConfig, Callable[[], ModuleType]]:
+        (tmp_path / "modules").mkdir()
+        (tmp_path / "modules" / "wandb.py").write_text(WANDB.replace("{refusal}", refusal))
+        monkeypatch.syspath_prepend(tmp_path / "modules")
+        monkeypatch.delitem(sys.modules, "wandb", raising=False)
+        (tmp_path / "ds.json").write_text(json.dumps({
+            "zero_optimization": {"stage": 0}, "wandb": {"enabled": True, "project": "bone", "team": "us"},
+            "csv_monitor": {"enabled": True}, "tensorboard": {"enabled": True}}))
+        model, rows = tiny.write_model(tmp_path / "model"), tiny.write_rows(tmp_path / "rows.jsonl")
+        tree = tiny.config_tree(model, rows, tmp_path / "run", train={"steps": 2}, deepspeed={"config": str(tmp_path / "ds.json")})
+        return validate(tree, "run.yaml"), lambda: import_module("wandb")
+
+    yield make
+    sys.modules.pop("wandb", None)
+
+
+def test_weights_and_biases_is_told_what_events_hold(wandb, alone):
+    config, module = wandb()
+    run = train(config, alone).directory
+    begun, *logged = module().calls
+    assert begun == {"project": "bone", "group": None, "entity": "us"}
+    series = {f"train/{name}": [(event["step"], event[name]) for event in events(run, "step")] for name in PER_STEP}
+    series["eval/loss"] = [(event["step"], event["loss"]) for event in events(run, "eval")]
+    assert sorted((step, name, value) for step, values in logged for name, value in values.items()) == sorted(
+        (step, name, value) for name, points in series.items() for step, value in points)
+
+
+def test_a_start_that_weights_and_biases_refuses_leaves_nothing_behind(wandb, alone):
+    config, _ = wandb("raise RuntimeError('api_key not configured (no-tty).\\ncall wandb.login()')")
+    with pytest.raises(ConfigError) as error:
+        train(config, alone)
+    assert str(error.value) == ("deepspeed.config: wandb: api_key not configured (no-tty). call wandb.login(); run `wandb login`, "
+                                "or set wandb.enabled to false")
+    assert not Path(config.output.directory).exists()
 
 
 @pytest.mark.parametrize("name", monitoring.SECTIONS)
@@ -131,3 +208,12 @@ def test_a_monitor_whose_package_is_missing_is_refused(tmp_path, monkeypatch, na
     monitoring.check_installed(resolved(tmp_path, **{name: {"enabled": False}}, csv_monitor={"enabled": True}))
     with pytest.raises(ConfigError, match=f"{name}: needs the package {name}, which is not installed; pip install {name}"):
         monitoring.check_installed(resolved(tmp_path, **{name: {"enabled": True}}))
+
+
+def test_a_directory_of_the_package_s_name_is_not_the_package(tmp_path, monkeypatch):
+    """`wandb` leaves one where a command is started, which Python finds as a namespace."""
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert monitoring.find_spec("wandb") is not None
+    with pytest.raises(ConfigError, match="wandb: needs the package wandb, which is not installed"):
+        monitoring.check_installed(resolved(tmp_path, wandb={"enabled": True}))

@@ -18,7 +18,6 @@ from bone_ds.cli import main
 from bone_ds.config import dump_yaml, load_config, validate
 from bone_ds.data import Samples
 from bone_ds.errors import CheckpointError, ConfigError, DataError
-from bone_ds.launch import Ranks
 from bone_ds.plan import changes, process, trace, workload, zero
 from bone_ds.plan.process import parse_bytes
 from bone_ds.train import train
@@ -45,14 +44,6 @@ def tiny(tmp_path):
     """A config tree of a tiny Llama with data."""
     model, rows = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
     return config_tree(model, rows, tmp_path / "run", train={"steps": 2, "eval_every": 0})
-
-
-@pytest.fixture
-def alone(monkeypatch):
-    """This process as the one rank of a run."""
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-        monkeypatch.setenv(name, value)
-    return Ranks(0, 0, 1, 1)
 
 
 @pytest.mark.parametrize("model, adapter, trainable", [

@@ -35,7 +35,7 @@ from bone_ds.engine.monitor import Monitor
 from bone_ds.errors import ConfigError
 from bone_ds.launch import Ranks
 
-__all__ = ["Engine", "agree", "barrier", "device", "distributed", "placement", "told_by_first", "total"]
+__all__ = ["Engine", "Monitor", "agree", "barrier", "device", "distributed", "placement", "told_by_first", "total"]
 
 
 @contextlib.contextmanager
@@ -113,7 +113,6 @@ class Engine:
         except ValueError as error:
             raise ConfigError(f"deepspeed.config: DeepSpeed refuses it: {_first_complaint(error)}") from None
         state.undo_first_step(self.deepspeed)
-        self.monitor = Monitor(self.deepspeed)
 
     def losses(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
         """Each batch's summed cross entropy, one forward at a time; one that continues the batch before starts from its state."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def of_parameters(trainable: dict[str, nn.Parameter]) -> dict[str, float]:
+    """Under ZeRO-3 of the fp32 masters, else of the parameters in the model's dtype, which are the masters rounded."""
     return _norms(trainable, safe_get_local_fp32_param, lambda parameter: parameter)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bone_ds import arch, ds_json, monitoring, resolution
+from bone_ds import arch, ds_json, resolution
 from bone_ds import engine as engines
 from bone_ds.arch import Batch
 from bone_ds.config import RunConfig
@@ -93,7 +93,7 @@ class _Run:
             self.samples, config.data.packing, config.data.max_length, config.train.global_batch_size, config.train.seed)
         self.steps = config.train.steps or self.order.steps_in_epochs(config.train.epochs or 1)
         self.heaviest = self._heaviest()
-        ds = monitoring.without(ds_json.resolve(config, ranks.world_size))
+        ds = ds_json.resolve(config, ranks.world_size)
         self.engine = build_engine(self.config, architecture, source, ds, device)
 
     def _heaviest(self) -> Window:
