@@ -98,7 +98,7 @@ def test_lora(runs, stage):
     assert_equal_training(runs[f"lora-{stage}", 2], runs["lora-0", 1])
 
 
-@pytest.mark.parametrize("name", [f"fused-{stage}" for stage in STAGES] + [f"offload-{stage}" for stage in STAGES[1:]])
+@pytest.mark.parametrize("name", [*(f"fused-{stage}" for stage in STAGES), *zero_runs.OFFLOADED])
 def test_fused_and_offloaded_optimizers_train_alike_and_go_on_to_the_bit(runs, name):
     whole, resumed = runs[name, 2], runs[f"{name}-resumed", 2]
     assert_equal_training(whole, runs["row-0-fp32", 1])

@@ -32,14 +32,24 @@ RECOMPUTED = {
 }
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 OFFLOAD_PARAM = {"offload_param": {"device": "cpu", "pin_memory": False}, "stage3_param_persistence_threshold": 0}
+OFFLOADED = {
+    "offload-1": OFFLOAD | {"stage": 1},
+    "offload-2": OFFLOAD | {"stage": 2},
+    "offload-3": OFFLOAD | OFFLOAD_PARAM | {"stage": 3},
+    "offload-param-3": OFFLOAD_PARAM | {"stage": 3},
+}
 PAUSE = "step-00000003"
-# From run to run: a checkpoint of two ranks is read on one and on two, at the same stage and at others.
+# From run to run: a checkpoint of two ranks is read on one and on two, at the same stage and at others, by another optimizer and with
+# another place for it.
 MOVES = {
     "to-one-rank": ("row-2-fp32", 2, "row-2-fp32", 1),
     "to-stage-3": ("row-2-fp32", 2, "row-3-fp32", 2),
     "to-stage-0-on-one-rank": ("row-3-fp32", 2, "row-0-fp32", 1),
     "to-stage-1": ("row-0-fp32", 2, "row-1-fp32", 2),
     "bf16-to-one-rank": ("row-3-bf16", 2, "row-1-bf16", 1),
+    "to-fused": ("row-2-fp32", 2, "fused-2", 2),
+    "to-offload": ("row-3-fp32", 2, "offload-3", 2),
+    "from-offload": ("offload-3", 2, "row-2-fp32", 2),
 }
 
 
@@ -94,10 +104,6 @@ def _cases(directory: Path, world_size: int) -> dict[str, dict]:
             cases[name] = {"config": config, "checkpoints": str(checkpoints)}
             cases[f"{name}-resumed"] = {"config": tree(f"{name}-resumed", stage, model={"dtype": dtype}),
                                         "resume": str(checkpoints / PAUSE)}
-    for move, (origin, origin_world_size, target, target_world_size) in MOVES.items():
-        if target_world_size == world_size:
-            config = cases[target]["config"] | {"output": {"directory": str(directory / f"world-{world_size}" / move)}}
-            cases[move] = {"config": config, "resume": str(checkpoints_of(directory, origin, origin_world_size) / PAUSE)}
 
     few = {"steps": 4}
     for stage in STAGES if world_size == 2 else (0,):
@@ -124,10 +130,14 @@ def _cases(directory: Path, world_size: int) -> dict[str, dict]:
                 cases |= case(name, stage, data={"packing": packing}, train=few | {"micro_batch_size": micro_batch_size})
     for stage in STAGES if world_size == 2 else ():
         cases |= resumed(f"fused-{stage}", tree(f"fused-{stage}", stage, train={"optimizer": "adamw_fused"}))
-        if stage > 0:
-            offload = directory / f"offload-{stage}.json"
-            offload.write_text(json.dumps({"zero_optimization": OFFLOAD | {"stage": stage, **(OFFLOAD_PARAM if stage == 3 else {})}}))
-            cases |= resumed(f"offload-{stage}", tree(f"offload-{stage}", stage) | {"deepspeed": {"config": str(offload)}})
+    for name, zero in OFFLOADED.items() if world_size == 2 else ():
+        path = directory / f"{name}.json"
+        path.write_text(json.dumps({"zero_optimization": zero}))
+        cases |= resumed(name, tree(name, zero["stage"]) | {"deepspeed": {"config": str(path)}})
+    for move, (origin, origin_world_size, target, target_world_size) in MOVES.items():
+        if target_world_size == world_size:
+            config = cases[target]["config"] | {"output": {"directory": str(directory / f"world-{world_size}" / move)}}
+            cases[move] = {"config": config, "resume": str(checkpoints_of(directory, origin, origin_world_size) / PAUSE)}
     stage = 0 if world_size == 1 else 3
     for name in ("starved", "spoilt"):
         cases |= case(name, stage, model={"path": str(directory / name)})
