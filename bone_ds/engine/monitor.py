@@ -51,7 +51,7 @@ def _started(name: str, section):
     except Exception as error:
         if name != "wandb":
             raise
-        said = " ".join(str(error).split())[:200] or type(error).__name__
+        said = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
         raise ConfigError(f"deepspeed.config: wandb: {said}; run `wandb login`, or set wandb.enabled to false") from None
 
 
