@@ -153,7 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--chat", action="store_true", help="a conversation: a line a turn, Ctrl-C ends an answer, Ctrl-D the chat")
     generate.add_argument("--chat-template", metavar="TEMPLATE", help="in place of the tokenizer's own: its text or a .jinja file")
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
-    generate.add_argument("--stop", action="append", metavar="TEXT", default=[], help="end a completion before this text; many times")
+    generate.add_argument("--stop", action="append", metavar="TEXT", default=[],
+                          help="end a completion before this text, or at this special token; many times")
     generate.add_argument("--do-sample", action="store_true", help="draw tokens instead of taking the likeliest")
     generate.add_argument("--temperature", type=float, metavar="X", help="draw from softmax(logits / X), default 1 with --do-sample")
     generate.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens alone")

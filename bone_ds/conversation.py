@@ -109,7 +109,7 @@ class _Plain:
 
     def answered(self, answer: str, tokens: list[int]) -> None:
         self._ids = self._ids + tokens
-        if not self._tokenizer.decode(tokens).endswith("\n\n"):
+        if "\n\n" not in self._tokenizer.decode(tokens):  # a token may hold it and more
             self._ids += self._encoded("\n\n")
 
     def _encoded(self, text: str) -> list[int]:

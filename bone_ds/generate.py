@@ -117,14 +117,15 @@ def generate(architecture: Architecture, model: nn.Module, prompts: list[list[in
 def continuations(loaded: Loaded, prompts: list[str], max_new_tokens: int, choose: Choice, batch_size: int = 16,
                   ignore_eos: bool = False, repetition_penalty: float = 1.0, stops: Sequence[str] = (),
                   show: Callable[[str], None] | None = None) -> list[str]:
-    """Each prompt's continuation up to EOS or a text of `stops`, tokenised as in training; shortest prompts first.
+    """Each prompt's continuation up to EOS or a text or special token of `stops`, tokenised as in training; shortest prompts first.
 
     With `ignore_eos` all go on to max_new_tokens: for models of bytes whose text holds the byte that is EOS, as UTF-16 does.
     show: given the pieces of the text as they come, of one prompt alone. Raises DataError for an empty prompt.
     """
     ids = encoded(prompts, loaded.tokenizer)
     assert show is None or len(prompts) == 1, "texts that come at once can't be shown one after the other"
-    stop = () if ignore_eos else (loaded.tokenizer.eos_token_id,)
+    stops, special = _texts_and_special_tokens(stops, loaded.tokenizer)
+    stop = special if ignore_eos else {loaded.tokenizer.eos_token_id, *special}
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     texts = [""] * len(ids)
     for start in range(0, len(order), batch_size):
@@ -145,6 +146,12 @@ def encoded(prompts: list[str], tokenizer) -> list[list[int]]:
         if not row:
             raise DataError(f"prompt {number} of {len(ids)}: is empty, there is nothing to continue")
     return ids
+
+
+def _texts_and_special_tokens(stops: Sequence[str], tokenizer) -> tuple[list[str], set[int]]:
+    """Stops that are found in the text, and the tokens of those that are a special token, which decoding leaves out."""
+    special = {token.content: number for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
+    return [stop for stop in stops if stop not in special], {special[stop] for stop in stops if stop in special}
 
 
 class TextStream:
@@ -251,7 +258,7 @@ def most_likely(logits: Tensor) -> Tensor:
 def read_prompts(path: Path) -> list[str]:
     """The `prompt` of every line of a .jsonl file. Raises DataError naming the line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold what splitlines takes for a line's end
     except OSError as error:
         raise DataError(f"--prompts: {path}: can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -46,12 +46,17 @@ def left_padded(rows: list[list[int]], device: torch.device, filling: int = 0) -
 
 @contextmanager
 def _attention_with_cache(model: nn.Module) -> Iterator[None]:
-    """Training's attention knows documents in a row and no cache; it stands again afterwards."""
+    """Training's attention knows documents in a row and no cache; it stands again afterwards.
+
+    For every token anew: the layers share the config, and transformers' own setter, like eval(), would go through all modules.
+    """
     training = model.training
-    model.eval()
-    model.set_attn_implementation("sdpa")
+    if training:
+        model.eval()
+    model.config._attn_implementation = "sdpa"
     try:
         yield
     finally:
-        model.set_attn_implementation(attention.NAME)
-        model.train(training)
+        model.config._attn_implementation = attention.NAME
+        if training:
+            model.train()

@@ -22,6 +22,9 @@ class Reading:
 
     @torch.inference_mode()
     def read(self, tokens: list[list[int]]) -> Tensor:
+        if len(set(map(len, tokens))) == 1:
+            hidden, self._state = _read(self._model, tokens, self._state)
+            return hidden @ self._model.head.weight.T
         # Longest first: the documents that reach into a slice are always the first ones.
         order = sorted(range(len(tokens)), key=lambda index: -len(tokens[index]))
         places = torch.tensor(order, device=self._model.head.weight.device).argsort()
@@ -50,4 +53,4 @@ def _read(model: nn.Module, documents: list[list[int]], state: State | None) -> 
 
 
 def _with_first(rows: Tensor | None, first: Tensor) -> Tensor:
-    return first if rows is None else torch.cat([first, rows[len(first):]])
+    return first if rows is None or len(first) == len(rows) else torch.cat([first, rows[len(first):]])

@@ -23,6 +23,7 @@ from bone_ds.conversation import Conversation
 from bone_ds.errors import BoneError, DataError
 from llama_adapters import generation as llama_generation
 from rwkv_adapters import generation as rwkv_generation
+from rwkv_adapters.tokenizer import WorldTokenizer
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = ("{% for turn in messages %}[{{ turn.role }}]{{ turn.content }}{% if turn.role == 'assistant' %}</s>{% endif %}{% endfor %}"
@@ -79,13 +80,15 @@ def test_llama_through_its_template(llama, reads):
     conversation, shown = Conversation(llama, generate.most_likely, 8, template=TEMPLATE), []
     answers = [conversation.answer(text, shown.append) for text in ("ab", "cd")]
     assert "".join(shown) == "".join(answers) and all(answers)
-    read_in_conversation = len(reads)
+    first, second = (tokens for tokens in reads if len(tokens) > 1)
     text = "[user]ab[assistant]"
     for answer, following in zip(answers, ("</s>[user]cd[assistant]", ""), strict=True):
         tokens = anew(llama, llama.tokenizer(text, add_special_tokens=False)["input_ids"], (2,))
         assert llama.tokenizer.decode(tokens, skip_special_tokens=True) == answer
         text += answer + following
-    assert read_in_conversation < len(reads)
+        if following:
+            whole = llama.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert whole[:len(first)] == first and whole[-len(second):] == second and len(second) < len(whole) - len(first)
 
 
 def test_a_turn_that_is_rendered_otherwise_is_read_anew(llama, reads):
@@ -104,6 +107,17 @@ def test_an_answer_that_is_interrupted_is_part_of_the_conversation(rwkv, reads):
     conversation.answer("two", shown.append, lambda: True)
     once = [token for tokens in reads for token in tokens]
     assert rwkv.tokenizer.decode(once).startswith("User: one\n\nAssistant:") and "User: two\n\nAssistant:" in rwkv.tokenizer.decode(once)
+
+
+def test_a_token_that_holds_more_than_the_blank_line_ends_the_turn(tmp_path):
+    tokens = [repr(bytes([byte])) for byte in range(256)] + [repr("\n\n#")]
+    lines = [f"{number} {token} {1 if number <= 256 else 3}\n" for number, token in enumerate(tokens, 1)]
+    (tmp_path / "vocabulary.txt").write_text("".join(lines), encoding="utf-8")
+    tokenizer = WorldTokenizer(tmp_path / "vocabulary.txt")
+    wording = conversation_of(tokenizer, None)._wording
+    wording.ask("a")
+    wording.answered("yes", [*tokenizer.encode("yes"), 257])
+    assert tokenizer.decode(wording.ask("b")) == "User: a\n\nAssistant:yes\n\n#User: b\n\nAssistant:"
 
 
 def conversation_of(tokenizer, template):

@@ -131,6 +131,48 @@ def test_llama_trains_on_as_before(tmp_path):
     assert torch.equal(tiny_llama.logits(model, torch.tensor([PROMPTS[1]])), before) and model.training
 
 
+def test_a_token_costs_no_walk_through_llama_s_modules(tmp_path, monkeypatch):
+    tiny_llama.save_tiny(tmp_path)
+    model = tiny_llama.built_and_loaded(tiny_llama.opened(tmp_path)).eval()
+    for name in ("train", "eval", "set_attn_implementation"):
+        monkeypatch.setattr(model, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+    generate.generate(llama_adapters.ARCHITECTURE, model, PROMPTS, 3, NEVER, generate.most_likely)
+
+
+def test_rwkv_s_states_are_not_copied_from_token_to_token(tmp_path, monkeypatch):
+    tiny_rwkv.save_tiny(tmp_path / "model.pth")
+    model = tiny_rwkv.built_and_loaded(tiny_rwkv.opened(tmp_path / "model.pth"))
+    states, hidden = [], model.hidden
+
+    def seen(tokens, lengths, state, *rest):
+        output, kept = hidden(tokens, lengths, state, *rest)
+        states.append((state, kept))
+        return output, kept
+
+    monkeypatch.setattr(model, "hidden", seen)
+    generate.generate(rwkv_adapters.ARCHITECTURE, model, PROMPTS, 4, NEVER, generate.most_likely)
+    assert len(states) == 4
+    for (_, kept), (given, _) in zip(states[1:], states[2:], strict=False):  # the first gave prompts of several lengths
+        assert all(before.data_ptr() == now.data_ptr() for before, now in zip(kept, given, strict=True))
+
+
+def test_stopped_by_a_special_token(tmp_path):
+    tiny_llama.save_tiny(tmp_path)
+    loaded = generate.load(ModelConfig(path=str(tmp_path), dtype="fp32"))
+    special = loaded.tokenizer.convert_tokens_to_ids("<s>")
+
+    def continued(stops, ignore_eos):
+        chosen = iter([40, 41, special, 42, loaded.tokenizer.eos_token_id, 43])
+        return generate.continuations(loaded, ["z"], 6, lambda _: torch.tensor([next(chosen)]), ignore_eos=ignore_eos, stops=stops)
+
+    def text(*tokens):
+        return [loaded.tokenizer.decode(tokens)]
+
+    assert continued([], False) == text(40, 41, 42) and continued([], True) == text(40, 41, 42, 43)
+    assert continued(["<s>"], False) == continued(["<s>"], True) == text(40, 41)
+    assert continued(["</s>", "nowhere"], True) == text(40, 41, 42)
+
+
 def test_llama_as_plain_transformers(tmp_path):
     tiny_llama.save_tiny(tmp_path)
     loaded = generate.load(ModelConfig(path=str(tmp_path), dtype="fp32"))
@@ -262,7 +304,7 @@ def streamed(tokenizer, tokens, stops=()):
 def test_pieces_are_the_text_whatever_its_bytes(encoding, text):
     tokenizer = ByteTokenizer(encoding)
     pieces, whole = streamed(tokenizer, tokenizer.encode(text))
-    assert whole == text and len(pieces) > 1 or len(text) == 1
+    assert whole == text and (len(pieces) > 1 or len(text) == 1)
     damaged = tokenizer.encode(text)[:-1]
     assert streamed(tokenizer, damaged)[1] == tokenizer.decode(damaged, skip_special_tokens=True)
 
@@ -312,6 +354,11 @@ def test_command_line(here, capsys, monkeypatch):
     again = printed(capsys, *favoured)
     assert set(again) <= set(string.ascii_letters + "\n") and len(again) == 6, "what has been there is favoured"
     assert printed(capsys, *favoured, "--stop", "nowhere", "--stop", again[-2]) == again[:again.index(again[-2])] + "\n"
+
+
+def test_a_prompt_may_hold_any_line_separator_but_the_file_s(tmp_path):
+    (tmp_path / "p.jsonl").write_bytes('{"prompt": "a\u2028b\x85c"}\r\n{"prompt": "d"}\n'.encode())
+    assert generate.read_prompts(tmp_path / "p.jsonl") == ["a\u2028b\x85c", "d"]
 
 
 class Typed:
