@@ -146,7 +146,7 @@ def _header(path: Path, metadata: dict[str, str]) -> Header:
     try:
         given = json.loads(metadata[_KEY])
         version = given["format_version"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{path}: its {_KEY!r} header is damaged: {metadata[_KEY][:60]!r}") from None
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format_version {version!r} is not {FORMAT_VERSION}, the one this version reads")

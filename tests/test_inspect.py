@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -17,10 +18,11 @@ import tiny_llama
 import tiny_rwkv
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_rwkv_adapter import random_adapter as random_rwkv_adapter
 
-from bone_ds import BoneConfig, BoneModel
+from bone_ds import BoneConfig, BoneModel, adapter_file
 from bone_ds.cli import main
 from bone_ds.formats import peft, rwkv_peft
 
@@ -305,6 +307,53 @@ def test_damaged_peft(copied, refused):
     refused(path, "holds no adapter_model.safetensors")
 
 
+def test_blocks_are_missing(tmp_path, refused, inspected):
+    model = bone_model(modules_to_save=["lm_head"])
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    without(weights, "layers.1.mlp.down_proj.bone_block")
+    refused(tmp_path, "down_proj of model.layers.1")
+    model.save_pretrained(tmp_path)
+    save_file({name: tensor for name, tensor in load_file(weights).items() if "bone_block" not in name}, weights)
+    refused(tmp_path, "no tensor MODULE.bone_block")
+    for targets in (".*layers.0.self_attn.q_proj|.*down_proj", ["0.self_attn.q_proj", "down_proj"]):
+        BoneModel(tiny_llama.tiny_model(), BoneConfig(r=8, target_modules=targets)).save_pretrained(tmp_path)
+        assert inspected(tmp_path)["facts"]["tensors"] == 3, "targets that may lie on any layers are no damage"
+
+
+@pytest.mark.parametrize("target, part", [
+    ("q_proj", "lora_A"), ("q_proj", "lora_B.weight"), ("embed_tokens", "lora_embedding_A"), ("embed_tokens", "lora_embedding_B")])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # raised inside PEFT's own __init__
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")  # it takes biases for weights that were cut
+def test_half_a_lora(tmp_path, refused, inspected, target, part):
+    options = LoraConfig(r=4, target_modules=[target], lora_bias=target == "q_proj")
+    get_peft_model(tiny_llama.tiny_model(), options).save_pretrained(tmp_path, save_embedding_layers=False)
+    assert inspected(tmp_path)["facts"]["peft_type"] == "LORA"
+    without(tmp_path / "adapter_model.safetensors", part)
+    refused(tmp_path, part, "is missing beside")
+
+
+def test_nested_too_deeply(copied, refused):
+    path = copied("peft")
+    (path / "adapter_config.json").write_text("[" * 100_000)
+    refused(path, "adapter_config.json is damaged")
+
+
+@pytest.mark.parametrize("tensors, says", [
+    ({"blocks.0.att.key.bone": ()}, "blocks.0.att.key.bone: has shape ()"), ({"blocks.0.att.key.disha": (4,)}, "has shape (4,)"),
+    ({"blocks.0.att.time_state": (4, 8)}, "has shape (4, 8)"), ({"blocks.0.att.time_state": (4, 8, 4)}, "has shape (4, 8, 4)"),
+    ({"blocks.0.att.time_state": (4, 8, 8), "blocks.1.att.time_state": (2, 16, 16)}, "blocks.1.att.time_state: has shape (2, 16, 16)")])
+def test_shapes_that_rwkv_peft_has_not(tmp_path, refused, tensors, says):
+    torch.save({name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / "a.pth")
+    refused(tmp_path / "a.pth", str(tmp_path / "a.pth"), says)
+
+
+def test_a_peft_directory_without_a_base_has_no_row_of_it(tmp_path, capsys):
+    bone_model().save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert re.search(r"^ +base *$", capsys.readouterr().out, re.MULTILINE) is None
+
+
 def test_damaged_checkpoint(copied, refused):
     path = copied("run") / "checkpoints/step-00000002"
     manifest = json.loads((path / "manifest.json").read_text())
@@ -319,6 +368,76 @@ def test_damaged_checkpoint(copied, refused):
     refused(fresh, "exp_avg_sq/", "is missing")
     (fresh / "manifest.json").unlink()
     refused(fresh, "manifest.json", "No such file")
+
+
+def test_a_checkpoint_beside_a_damaged_adapter(copied, inspected):
+    run = copied("run")
+    cut(run / "adapter.safetensors")
+    assert inspected(run / "checkpoints/step-00000003")["facts"]["step"] == 3
+
+
+def problems_of(run, capsys) -> list[str]:
+    assert main(["inspect", str(run), "--json"]) == 2
+    return json.loads(capsys.readouterr().out)["problems"]
+
+
+def test_a_checkpoint_without_its_manifest(copied, capsys):
+    run = copied("run")
+    for step in (2, 3):
+        (run / f"checkpoints/step-0000000{step}/manifest.json").unlink()
+        problems = problems_of(run, capsys)
+        assert len(problems) == step - 1 and f"step-0000000{step}/manifest.json: can't be read" in problems[-1]
+
+
+def with_header(path: Path, **changes) -> None:
+    tensors = load_file(path)
+    header, _ = adapter_file.read(path)
+    adapter_file.write(path, replace(header, **changes), tensors)
+
+
+def test_an_adapter_that_is_not_the_run_s(made, copied, capsys, inspected):
+    run = copied("run")
+    with_header(run / "adapter.safetensors", step=1)
+    (problem,) = problems_of(run, capsys)
+    assert "adapter.safetensors: is of step 1, the last checkpoint of step 3" in problem
+    shutil.copy(made / "lora.safetensors", run / "adapter.safetensors")  # of step 3
+    problems = problems_of(run, capsys)
+    assert any("its method is lora, config.yaml's is bone" in line for line in problems)
+    assert any("its rank is 4, config.yaml's is 8" in line for line in problems)
+
+
+def test_a_run_that_was_killed_before_it_recorded_a_checkpoint(copied, inspected):
+    run = copied("run")
+    events = (run / "events.jsonl").read_text().splitlines(keepends=True)
+    last = next(number for number, line in reversed(list(enumerate(events))) if json.loads(line)["event"] == "checkpoint")
+    (run / "events.jsonl").write_text("".join(events[:last]))
+    assert inspected(run)["facts"]["adapter"]["step"] == 3
+    with_header(run / "adapter.safetensors", step=2)
+    assert inspected(run)["facts"]["adapter"]["step"] == 2
+
+
+def test_a_run_that_goes_on_from_an_earlier_step(copied, inspected):
+    run = copied("run")
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    (start,) = (event for event in events if event["event"] == "start")
+    with (run / "events.jsonl").open("a") as file:
+        file.write(json.dumps(start | {"step": 2}) + "\n")
+    facts = inspected(run)["facts"]
+    assert facts["state"].startswith("at step 2 of 3, not ended") and facts["loss"] is None
+    with (run / "events.jsonl").open("a") as file:
+        file.write(json.dumps(next(event for event in events if event["event"] == "step") | {"step": 3, "loss": 0.5}) + "\n")
+    facts = inspected(run)["facts"]
+    assert facts["state"].startswith("at step 3 of 3, not ended") and facts["loss"] == 0.5
+
+
+def test_what_an_adapter_was_trained_on_is_known_of_the_run_s_own(copied, inspected):
+    run = copied("run")
+    own, other = run / "adapter.safetensors", run / "other.safetensors"
+    assert inspected(own)["facts"]["trained_on"]
+    shutil.copy(own, other)
+    assert inspected(other)["facts"]["trained_on"] is None
+    with_header(own, base_fingerprint="0" * 64)
+    assert inspected(own)["facts"]["trained_on"] is None
 
 
 def test_a_run_that_is_not_whole_names_everything(copied, capsys):

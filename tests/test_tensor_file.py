@@ -22,6 +22,15 @@ def test_mode(tmp_path, umask, mode):
     assert load_file(tmp_path / "a.safetensors")["a"].tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("dtype", [
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16,
+    torch.uint8, torch.bool, torch.bfloat16], ids=str)
+def test_dtypes_of_an_outline(tmp_path, dtype):
+    tensor_file.save_file({"a": torch.zeros(2, 3, dtype=dtype)}, tmp_path / "a.safetensors")
+    tensors, _ = tensor_file.outline(tmp_path / "a.safetensors")
+    assert (tensors["a"].dtype, tuple(tensors["a"].shape)) == (dtype, (2, 3))
+
+
 def test_a_failing_write_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise SafetensorError("No space left on device (os error 28)")

@@ -40,6 +40,9 @@ from bone_ds.tensor_file import save_file
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.(?:bone|miss)_block")
+_NUMBERED = re.compile(r"(?:.*\.)?\d+(?:\..*)?")
+_LAYER = re.compile(r"(.+?)\.(\d+)\..+")
+_LORA = re.compile(r"(.+\.lora_(?:embedding_)?)([AB])(|\.weight)")
 _INIT_WEIGHTS = {"miss": True, "col": "bat"}
 _READ_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -94,7 +97,8 @@ def export_adapter(path: Path, out: Path, dtype: str = "auto", reader: str = "pe
 def outline(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration, of any peft_type, and the tensors without data, from headers alone. Raises CheckpointError.
 
-    Of MISS and BONE the shapes are held against the configuration, which tells grouping and form whoever wrote it.
+    Of MISS and BONE the shapes are held against the configuration, which tells grouping and form whoever wrote it, and every target
+    that it names is to be on the same layers; of LORA every A is to have its B.
     """
     config = _read_json(path)
     if not (path / WEIGHTS).exists():
@@ -106,6 +110,10 @@ def outline(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         _check_sizes(path, config)
         _check_blocks(path, config, tensors)
         config |= {"grouping": _grouping(path, config), "form": _form(config)}
+    if config.get("peft_type") in ("MISS", "BONE"):
+        _check_layers(path, config, tensors)
+    if config.get("peft_type") == "LORA":
+        _check_pairs(path, tensors)
     return config, tensors
 
 
@@ -126,6 +134,36 @@ def _check_blocks(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]
         if _TENSOR.fullmatch(name) and not matches(tensor.shape, pattern):
             raise CheckpointError(f"{path}: {name}: has shape {tuple(tensor.shape)}, which does not fit {CONFIG}'s r {config['r']}, "
                                   f"grouping {grouping}, form {form}")
+
+
+def _check_layers(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """That every target is on the layers that the others are on. A pattern, or a target of a single layer, may choose any."""
+    modules = [match[1] for name in tensors if (match := _TENSOR.fullmatch(name))]
+    if not modules:
+        raise CheckpointError(f"{path}: {WEIGHTS} holds no tensor MODULE.bone_block or MODULE.miss_block")
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or config.get("exclude_modules"):
+        return
+    targets = [target for target in map(str, targets) if not _NUMBERED.fullmatch(target)]
+    found: dict[str, dict[str, set[int]]] = {}
+    for module in modules:
+        layer = _LAYER.fullmatch(module)
+        target = next((name for name in targets if f".{module}".endswith(f".{name}")), None)
+        if layer and target:
+            found.setdefault(layer[1], {}).setdefault(target, set()).add(int(layer[2]))
+    for layers_name, by_target in found.items():
+        for target, layers in by_target.items():
+            if missing := set.union(*by_target.values()) - layers:
+                raise CheckpointError(f"{path}: has no tensor for {target} of {layers_name}.{min(missing)}, but for other layers' {target} "
+                                      "and other targets of that layer")
+
+
+def _check_pairs(path: Path, tensors: dict[str, Tensor]) -> None:
+    for name in tensors:
+        if match := _LORA.fullmatch(name):
+            partner = f"{match[1]}{'B' if match[2] == 'A' else 'A'}{match[3]}"
+            if partner not in tensors:
+                raise CheckpointError(f"{path}: {partner}: is missing beside {name}")
 
 
 def _check_has_form(path: Path, header: Header, reader: str) -> None:
@@ -174,7 +212,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except OSError:
         raise CheckpointError(f"{path}: holds no {CONFIG}; name the directory of a PEFT adapter") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{path}: its {CONFIG} is damaged") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: its {CONFIG} holds a {type(config).__name__}, not a JSON object")

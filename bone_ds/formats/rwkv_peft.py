@@ -61,12 +61,7 @@ def import_adapter(path: Path, base: str, out: Path) -> Header:
         _check_states(path, tensors, architecture.add_initial_state(model, *layers))
         header = _header("state", source, covered)
     else:
-        for name, tensor in tensors.items():
-            if tensor.dim() < 2:
-                raise CheckpointError(f"{path}: {name}: has shape {tuple(tensor.shape)}, Bone has (in/r, r, r) or, as .disha, (r, out)")
-        first = next(iter(tensors.values()))
-        grouping = "miss" if kind == "disha" and first.dim() == 2 else "row"
-        rank = len(first) if grouping == "miss" else first.shape[-1]
+        grouping, rank = _grouping_and_rank(path, kind, tensors)
         for name, tensor in tensors.items():
             (_check_shards if grouping == "miss" else _check_block_affine)(path, name, tensor, rank, model, source)
         tensors = {name.removesuffix(kind) + "bone": tensor for name, tensor in tensors.items()}
@@ -106,10 +101,9 @@ def outline(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, str | None,
     kind = _kind(path, tensors)
     layers, modules = rectangle(path, _by_layer(tensors, _STATE if kind == "time_state" else _BONE), "blocks")
     if kind == "time_state":
+        _check_states_alike(path, tensors)
         return "state", None, None, layers, []
-    first = next(iter(tensors.values()))
-    grouping = "miss" if kind == "disha" and first.dim() == 2 else "row"
-    rank = len(first) if grouping == "miss" else first.shape[-1]
+    grouping, rank = _grouping_and_rank(path, kind, tensors)
     for name, tensor in tensors.items():
         if not matches(tensor.shape, shape_pattern(grouping, rank)):
             raise CheckpointError(f"{path}: {name}: has shape {tuple(tensor.shape)}, other tensors have block size {rank}")
@@ -184,6 +178,15 @@ def _by_layer(tensors: dict[str, Tensor], pattern: re.Pattern) -> dict[int, set[
     return found
 
 
+def _grouping_and_rank(path: Path, kind: str, tensors: Mapping[str, Tensor]) -> tuple[str, int]:
+    """Of the first tensor, which the others are held against."""
+    for name, tensor in tensors.items():
+        if tensor.dim() < 2:
+            raise CheckpointError(f"{path}: {name}: has shape {tuple(tensor.shape)}, Bone has (in/r, r, r) or, as .disha, (r, out)")
+    first = next(iter(tensors.values()))
+    return ("miss", len(first)) if kind == "disha" and first.dim() == 2 else ("row", first.shape[-1])
+
+
 def _check_block_affine(path: Path, name: str, tensor: Tensor, rank: int, model: nn.Module, source: Source) -> None:
     """That it is `row`'s tensor for this layer of the base, with the file's one block size."""
     shape = tuple(tensor.shape)
@@ -221,6 +224,13 @@ def _linear(path: Path, name: str, model: nn.Module, source: Source) -> nn.Linea
     if not isinstance(linear, nn.Linear):
         raise CheckpointError(f"{path}: {name}: {source.origin} has no linear layer {module}")
     return linear
+
+
+def _check_states_alike(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    first = next(iter(tensors.values())).shape
+    for name, tensor in tensors.items():
+        if tensor.dim() != 3 or tensor.shape[1] != tensor.shape[2] or tensor.shape != first:
+            raise CheckpointError(f"{path}: {name}: has shape {tuple(tensor.shape)}, initial states are (H, N, N), alike in all layers")
 
 
 def _check_states(path: Path, tensors: dict[str, Tensor], expected: dict[str, nn.Parameter]) -> None:

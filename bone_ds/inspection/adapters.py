@@ -36,7 +36,13 @@ def inspect_adapter(path: Path) -> Inspection:
         "size_bytes": models.size_bytes(path), **form_of(header), **sizes(architecture, tensors),
         "base": {"path": header.base, "revision": header.base_revision, "dtype": header.base_dtype, "fingerprint": header.base_fingerprint,
                  "now": _base_now(path, header, tensors, architecture)},
-        "step": header.step, "trained_on": trained_on(RunDirectory(path.parent))})
+        "step": header.step, "trained_on": _trained_on(path, header)})
+
+
+def _trained_on(path: Path, header: Header) -> list[dict] | None:
+    """Known of the adapter that a run wrote where it lies; another file, or of another base, is none of that run's."""
+    run = RunDirectory(path.parent)
+    return trained_on(run, header.base_fingerprint) if path == run.adapter else None
 
 
 def inspect_peft(directory: Path) -> Inspection:

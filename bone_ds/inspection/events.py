@@ -11,7 +11,10 @@ from bone_ds.run_directory import RunDirectory
 
 @dataclass(frozen=True)
 class Events:
-    """The last event of each kind, and the lines that are none: a killed run may leave half a line."""
+    """The last event of each kind, and the lines that are none: a killed run may leave half a line.
+
+    The last start goes on from its checkpoint: steps that came after that one, and an end, are not done any more.
+    """
 
     last: dict[str, dict]
     torn_lines: list[int]
@@ -29,15 +32,21 @@ def read(run: RunDirectory) -> Events:
             event = json.loads(line)
             _ = event["time"] + 0.0
             last[event["event"]] = event
+            if event["event"] == "start":
+                last.pop("step", None)
+                last.pop("end", None)
         except (ValueError, RecursionError, TypeError, KeyError):
             torn.append(number)
     return Events(last, torn)
 
 
-def trained_on(run: RunDirectory) -> list[dict] | None:
-    """Name, samples and weight of each source; None where no run tells it."""
+def trained_on(run: RunDirectory, base_fingerprint: str | None = None) -> list[dict] | None:
+    """Name, samples and weight of each source; None where no run tells it, or one of another base than the given one."""
     try:
-        sources = read(run).last.get("start", {}).get("sources", [])
+        start = read(run).last.get("start", {})
+        if base_fingerprint and start.get("model", {}).get("fingerprint") != base_fingerprint:
+            return None
+        sources = start.get("sources", [])
         return [{"source": source["name"], "samples": source["samples"], "weight": source.get("weight"),
                  "commits": source.get("commits") or None} for source in sources] or None
     except (CheckpointError, TypeError, KeyError, AttributeError):

@@ -27,11 +27,15 @@ class Inspection:
 
     def as_text(self) -> str:
         verdict = "not whole" if self.problems else "whole"
-        known = {_label(name): _text(name, value) for name, value in self.facts.items() if value not in (None, [], {})}
+        known = {_label(name): _text(name, value) for name, value in self.facts.items() if _is_known(value)}
         width = max(map(len, known))
         lines = [f"  {label:<{width}}  {line}" if number == 0 else f"  {'':<{width}}  {line}"
                  for label, text in known.items() for number, line in enumerate(text)]
         return "\n".join([f"{self.path}: {self.what}, {verdict}", *lines, *(f"  ! {problem}" for problem in self.problems)])
+
+
+def _is_known(value: Any) -> bool:
+    return any(map(_is_known, value.values())) if isinstance(value, dict) else value not in (None, [])
 
 
 def _label(name: str) -> str:

@@ -21,14 +21,15 @@ def inspect_checkpoint(path: Path) -> Inspection:
     run = RunDirectory(path.absolute().parent.parent)
     facts = {"size_bytes": models.size_bytes(path), "step": manifest.step, "world_size": manifest.world_size}
     is_of_run = run.checkpoints == path.absolute().parent  # it may have been copied elsewhere
-    if is_of_run and run.adapter.exists():
-        header, _ = adapter_file.outline(run.adapter)
+    adapter = _noted([], adapter_file.outline, run.adapter) if is_of_run else None  # what ails it is not this checkpoint's
+    if adapter:
+        header, _ = adapter
         facts |= adapters.form_of(header) | adapters.sizes(arch.load(header.architecture), tensors) | {"base": header.base}
     else:
         facts |= {"parameters": sum(tensor.numel() for tensor in tensors.values()), "tensors": len(tensors)}
     return Inspection(str(path), "training checkpoint: adapter and optimizer state", facts | {
         "base_fingerprint": manifest.base_fingerprint, "data_fingerprint": manifest.data_fingerprint,
-        "trained_on": events.trained_on(run) if is_of_run else None})
+        "trained_on": events.trained_on(run, manifest.base_fingerprint) if is_of_run else None})
 
 
 def inspect_run(path: Path) -> Inspection:
@@ -38,15 +39,19 @@ def inspect_run(path: Path) -> Inspection:
     config = _noted(problems, load_config, path / "config.yaml") if (path / "config.yaml").exists() else None
     found = _noted(problems, events.read, run) if run.events.exists() else None
     last = found or Events({}, [])
-    kept = [_checkpoint(problems, one) for one in checkpoint.existing(run.checkpoints)]
+    kept = [one for path in _checkpoints(run) if (one := _checkpoint(problems, path))]
     _check_recorded(problems, run, last)
     adapter = _noted(problems, adapters.inspect_adapter, run.adapter) if run.adapter.exists() else None
+    if adapter and config:
+        _check_form(problems, run, adapter, config)
+    if adapter:
+        _check_step(problems, run, adapter, last, kept)
     return Inspection(str(path), "run directory", {
         "state": _state(last), **(_configured(config) if config else {}),
         "trained_on": events.trained_on(run), "trainable_parameters": last.last.get("start", {}).get("trainable_parameters"),
         "loss": last.last.get("step", {}).get("loss"), "held_out_loss": last.last.get("eval", {}).get("loss"),
         "adapter": adapter and {"file": run.adapter.name, "step": adapter.facts["step"]},
-        "checkpoints": [one for one in kept if one], "torn_lines_of_events": last.torn_lines,
+        "checkpoints": kept, "torn_lines_of_events": last.torn_lines,
         "left_over": sorted(file.name for file in (*path.glob("*.partial"), *run.checkpoints.glob("*.partial")))},
         tuple(problems))
 
@@ -70,6 +75,11 @@ def _configured(config: RunConfig) -> dict[str, object]:
             "targets": list(adapter.targets or ()) or None, "layers": list(adapter.layers or ()) or "all"}
 
 
+def _checkpoints(run: RunDirectory) -> list[Path]:
+    """Oldest first, also those that are not whole; one that was never finished is left over."""
+    return sorted(path for path in run.checkpoints.glob("step-*") if path.suffix != ".partial")
+
+
 def _checkpoint(problems: list[str], path: Path) -> dict[str, object] | None:
     found = _noted(problems, checkpoint.outline, path)
     return found and {"file": path.name, "step": found[0].step, "size_bytes": models.size_bytes(path)}
@@ -81,10 +91,24 @@ def _check_recorded(problems: list[str], run: RunDirectory, found: Events) -> No
     if recorded is None:
         return
     path = run.path / str(recorded.get("path"))
-    if path not in checkpoint.existing(run.checkpoints):
-        problems.append(f"{path}: is missing or without its manifest.json; events.jsonl says it was written")
+    if path not in _checkpoints(run):
+        problems.append(f"{path}: is missing; events.jsonl says it was written")
     if not run.adapter.exists():
         problems.append(f"{run.adapter}: is missing; it is written with every checkpoint")
+
+
+def _check_form(problems: list[str], run: RunDirectory, adapter: Inspection, config: RunConfig) -> None:
+    configured = _configured(config)
+    for field in ("method", "grouping", "rank"):
+        if configured[field] is not None and adapter.facts[field] != configured[field]:
+            problems.append(f"{run.adapter}: its {field} is {adapter.facts[field]}, config.yaml's is {configured[field]}")
+
+
+def _check_step(problems: list[str], run: RunDirectory, adapter: Inspection, found: Events, kept: list[dict[str, object]]) -> None:
+    """That the adapter is of the last checkpoint; a run that was killed may have written a later one without recording it."""
+    recorded, step = found.last.get("checkpoint", {}).get("step"), adapter.facts["step"]
+    if recorded is not None and step not in (recorded, *(one["step"] for one in kept[-1:])):
+        problems.append(f"{run.adapter}: is of step {step}, the last checkpoint of step {recorded}")
 
 
 def _state(found: Events) -> str:
@@ -92,5 +116,4 @@ def _state(found: Events) -> str:
     if not start:
         return "never started"
     done, of = step.get("step", start.get("step")), start.get("steps")
-    ended = end and end["time"] >= start["time"]
-    return f"ended after step {done} of {of}" if ended else f"at step {done} of {of}, not ended; stopped, or still going on"
+    return f"ended after step {done} of {of}" if end else f"at step {done} of {of}, not ended; stopped, or still going on"
