@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 KILLED = 128 + 9
+UNREAD = 128 + 13
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,10 +32,15 @@ def main(arguments: list[str] | None = None) -> int:
     given = _without_local_rank(sys.argv[1:] if arguments is None else arguments)
     try:
         options = _parse(given)
-        return options.run(options, given) or 0
+        code = options.run(options, given) or 0
+        sys.stdout.flush()
+        return code
     except BoneError as error:
         _report(error)
         return USER_ERROR
+    except BrokenPipeError:  # who reads stdout, such as `head`, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered is written at exit
+        return UNREAD
     except OSError as error:
         if error.filename is None:
             raise
@@ -163,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
                           help="make tokens that have been there less likely by this factor above 1, drawn or not")
     generate.add_argument("--seed", type=int, metavar="S", help="of the drawing, default 0")
     generate.add_argument("--ignore-eos", action="store_true", help="go on past the end of a text, up to --max-new-tokens")
-    generate.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts that are continued together, default 16")
+    generate.add_argument("--batch-size", type=int, metavar="N", help="prompts that are continued together, default 16")
     generate.add_argument("--ranks", type=int, metavar="N", help="local processes that share the prompts, each with the whole model")
     generate.add_argument("--share", type=Path, help=argparse.SUPPRESS)  # where a rank that the command itself starts writes to
     generate.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
@@ -429,8 +435,8 @@ def _completions(options: argparse.Namespace, loaded: Loaded, prompts: list[str]
                  show: Callable[[str], None] | None = None) -> list[str]:
     from bone_ds import generate
 
-    return generate.continuations(loaded, prompts, options.max_new_tokens, sampling.choice(), options.batch_size, options.ignore_eos,
-                                  sampling.repetition_penalty, options.stop, show)
+    return generate.continuations(loaded, prompts, options.max_new_tokens, sampling.choice(), options.batch_size or 16,
+                                  options.ignore_eos, sampling.repetition_penalty, options.stop, show)
 
 
 def _put_out(options: argparse.Namespace, prompts: list[str], completions: list[str]) -> None:
@@ -468,6 +474,8 @@ def _chat(options: argparse.Namespace) -> int:
         except EOFError:
             print(end="\n" if sys.stdin.isatty() else "")
             return 0
+        except UnicodeDecodeError as error:
+            raise _not_utf_8(error) from None
         if text.strip():
             with _interruptions() as interrupted:
                 conversation.answer(text, _show, lambda interrupted=interrupted: bool(interrupted))
@@ -530,8 +538,10 @@ def _check_generate(options: argparse.Namespace) -> None:
 def _check_generate_ranks(options: argparse.Namespace) -> None:
     if launch.current() and not options.share:
         raise ConfigError("generate: starts its ranks itself, run it without a launcher and give --ranks")
-    if options.ranks and options.chat:
-        raise ConfigError(f"--ranks: {options.ranks}, but a conversation is one process's; leave it out with --chat")
+    for option in ("ranks", "batch_size"):
+        if getattr(options, option) and options.chat:
+            raise ConfigError(f"--{option.replace('_', '-')}: {getattr(options, option)}, but a conversation is one text of one process; "
+                              "leave it out with --chat")
     if options.ranks and not options.prompt and not options.prompts:
         raise ConfigError(f"--ranks: {options.ranks} share the prompts of --prompts or --prompt; give some")
 
@@ -541,7 +551,11 @@ def _stdin() -> str:
     try:
         return sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"stdin: is no UTF-8 text (byte {error.start})") from None
+        raise _not_utf_8(error) from None
+
+
+def _not_utf_8(error: UnicodeDecodeError) -> DataError:
+    return DataError(f"stdin: is no UTF-8 text (byte {error.start})")
 
 
 def _inspect(options: argparse.Namespace, given: list[str]) -> int:

@@ -1,6 +1,8 @@
 """Text that is generated with a cache or a state is what the parallel forward says, one prompt at a time or many together."""
 
+import io
 import json
+import os
 import re
 import shlex
 import string
@@ -397,6 +399,7 @@ MISUSED = {
     "a template without a chat": (["--prompt", "a", "--chat-template", "x"], ["--chat-template", "--chat"]),
     "a template for bytes": (["--chat", "--chat-template", "x"], ["--chat-template", "knows no templates"]),
     "ranks of a chat": (["--chat", "--ranks", "2"], ["--ranks: 2", "--chat"]),
+    "batches of a chat": (["--chat", "--batch-size", "4"], ["--batch-size: 4", "--chat"]),
     "ranks for stdin": (["--ranks", "2"], ["--ranks: 2", "--prompts"]),
     "no ranks": (["--prompt", "a", "--ranks", "0"], ["--ranks: 0"]),
     "negative seed": (["--prompt", "a", "--temperature", "1", "--seed", "-5"], ["--seed: -5"]),
@@ -421,6 +424,23 @@ def test_misuse(here, capsys, monkeypatch, case):
     assert output.out == "" and message.startswith("bone-ds: ") and "\n" not in message, message
     assert all(part in message for part in says), message
     assert sorted(here.iterdir()) == before
+
+
+def test_a_chat_that_is_no_utf_8(here, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi\n\xff\n"), encoding="utf-8"))
+    assert main(["generate", "model.pth", "--chat", "--dtype", "fp32"]) == 2
+    assert capsys.readouterr().err == "bone-ds: stdin: is no UTF-8 text (byte 3)\n"
+
+
+@pytest.mark.parametrize("command", [["generate", "model.pth", "--dtype", "fp32", "--prompt", "ab"], ["config"]])
+def test_output_that_nobody_reads(here, capsys, monkeypatch, command):
+    """Text that is shown as it comes, and text that waits in a buffer."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as unread:
+        monkeypatch.setattr("sys.stdout", unread)
+        assert main(command) == 128 + 13
+    assert capsys.readouterr().err == ""
 
 
 def commands_of(page: str) -> list[list[str]]:
