@@ -10,7 +10,7 @@ from bone_ds.data.fields import Turn
 from bone_ds.data.prompts import without_blank_lines
 from bone_ds.data.tokenization import eos_of
 from bone_ds.errors import DataError
-from bone_ds.generate import Choice, Loaded, TextStream, generate
+from bone_ds.generate import Choice, Loaded, TextStream, check_is_text, generate
 
 
 class Conversation:
@@ -27,7 +27,11 @@ class Conversation:
         self._memory = _Memory(loaded)
 
     def answer(self, text: str, show: Callable[[str], None], interrupted: Callable[[], bool] = lambda: False) -> str:
-        """The model's answer, shown as it comes. `interrupted` is asked after every token; what was said until then stays said."""
+        """The model's answer, shown as it comes. `interrupted` is asked after every token; what was said until then stays said.
+
+        Raises DataError for what is no text.
+        """
+        check_is_text("--chat", text)
         ids = self._wording.ask(text)
         stream = TextStream(self._loaded.tokenizer, self._wording.stop_texts, show)
         unread = self._memory.unread(ids)

@@ -140,12 +140,22 @@ def continuations(loaded: Loaded, prompts: list[str], max_new_tokens: int, choos
 
 
 def encoded(prompts: list[str], tokenizer) -> list[list[int]]:
-    """The tokens of each prompt. Raises DataError for an empty one."""
+    """The tokens of each prompt. Raises DataError for an empty one, and what is no text."""
+    for number, prompt in enumerate(prompts, 1):
+        check_is_text(f"prompt {number} of {len(prompts)}", prompt)
     ids = [prompt_ids(prompt, tokenizer) for prompt in prompts]
     for number, row in enumerate(ids, 1):
         if not row:
             raise DataError(f"prompt {number} of {len(ids)}: is empty, there is nothing to continue")
     return ids
+
+
+def check_is_text(place: str, text: str) -> None:
+    """Raises DataError for half a surrogate pair: JSON may hold one, and Python has it for bytes of a terminal that are no UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place}: is no UTF-8 text (character {error.start + 1} is {text[error.start]!a})") from None
 
 
 def _texts_and_special_tokens(stops: Sequence[str], tokenizer) -> tuple[list[str], set[int]]:

@@ -383,6 +383,7 @@ MISUSED = {
     "no rows": (["--prompts", "none.jsonl"], ["none.jsonl", "no prompts"]),
     "no text": (["--prompts", "model.pth"], ["model.pth", "UTF-8"]),
     "an empty prompt": (["--prompt", "a", "--prompt", ""], ["prompt 2 of 2", "empty"]),
+    "half a pair": (["--prompt", "a", "--prompt", "b\udcff"], ["prompt 2 of 2", "character 2 is '\\udcff'"]),
     "no tokens": (["--prompt", "a", "--max-new-tokens", "0"], ["--max-new-tokens: 0"]),
     "no batch": (["--prompt", "a", "--batch-size", "-1"], ["--batch-size: -1"]),
     "cold": (["--prompt", "a", "--temperature", "0"], ["--temperature: 0.0"]),
@@ -426,10 +427,12 @@ def test_misuse(here, capsys, monkeypatch, case):
     assert sorted(here.iterdir()) == before
 
 
-def test_a_chat_that_is_no_utf_8(here, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi\n\xff\n"), encoding="utf-8"))
+@pytest.mark.parametrize("errors, says", [("strict", "stdin: is no UTF-8 text (byte 3)"), (
+    "surrogateescape", "--chat: is no UTF-8 text (character 1 is '\\udcff')")])  # as Python reads in other locales
+def test_a_chat_that_is_no_utf_8(here, capsys, monkeypatch, errors, says):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi\n\xff\n"), encoding="utf-8", errors=errors))
     assert main(["generate", "model.pth", "--chat", "--dtype", "fp32"]) == 2
-    assert capsys.readouterr().err == "bone-ds: stdin: is no UTF-8 text (byte 3)\n"
+    assert capsys.readouterr().err == f"bone-ds: {says}\n"
 
 
 @pytest.mark.parametrize("command", [["generate", "model.pth", "--dtype", "fp32", "--prompt", "ab"], ["config"]])
