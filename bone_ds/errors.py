@@ -1,8 +1,11 @@
 """Errors that a user can cause. Each message is one or two lines: the file or field, the value, and what to do."""
 
+USER_ERROR = 2
+"""The exit code of a command that a BoneError ended."""
+
 
 class BoneError(Exception):
-    """Base of every error that is the user's to mend; the command line prints it without a traceback and exits with 2."""
+    """Base of every error that is the user's to mend; the command line prints it without a traceback and exits with USER_ERROR."""
 
 
 class ConfigError(BoneError):

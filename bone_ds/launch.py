@@ -18,6 +18,9 @@ from dataclasses import dataclass
 
 from bone_ds.errors import ConfigError
 
+KILLED = 128 + 9
+"""What `start` returns where a rank was killed, as the system does when memory runs out."""
+
 # DeepSpeed's launcher, without its warning at import that this machine has no GPU.
 _QUIET_LAUNCHER = """
 import logging, runpy

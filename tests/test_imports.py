@@ -15,7 +15,7 @@ ORDER = [
     "bone_ds.step", "bone_ds.checkpoint", "bone_ds.evaluate, bone_ds.generate", "bone_ds.conversation, bone_ds.prompt_shares",
     "bone_ds.run_directory, bone_ds.progress",
     "bone_ds.inspection",
-    "bone_ds.train", "bone_ds.profile", "bone_ds.cli", "bone_ds.__main__", "bone_ds.demo"]
+    "bone_ds.train", "bone_ds.profile", "bone_ds.cli_generate", "bone_ds.cli", "bone_ds.__main__", "bone_ds.demo"]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split(", ")}
 OURS = ("bone_ds", "llama_adapters", "rwkv_adapters", "ds_configs")
 FILES = sorted(path for package in OURS for path in (ROOT / package).rglob("*.py"))

@@ -11,11 +11,11 @@ from pathlib import Path
 from bone_ds import __version__, launch
 from bone_ds import plan as plans
 from bone_ds.config import dump_yaml
-from bone_ds.errors import BoneError, CheckpointError
+from bone_ds.errors import USER_ERROR, BoneError, CheckpointError
 from bone_ds.plan import Plan
 from bone_ds.profile import page, plots, summary, table, turns
 from bone_ds.profile.summary import Summary
-from bone_ds.profile.turns import USER_ERROR, Stopped
+from bone_ds.profile.turns import Stopped
 from bone_ds.profile.variants import Variant
 from bone_ds.provenance import provenance
 

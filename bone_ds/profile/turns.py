@@ -10,12 +10,11 @@ from pathlib import Path
 
 from bone_ds import launch
 from bone_ds.config import dump_yaml
+from bone_ds.errors import USER_ERROR
 from bone_ds.profile import measurement
 from bone_ds.profile.measurement import Failure, Measurement
 from bone_ds.profile.variants import Variant
 
-USER_ERROR = 2
-_KILLED = 128 + signal.SIGKILL
 _TOLD_TO_END = tuple(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
 
 
@@ -79,6 +78,6 @@ def _turn(variant: Variant, turn: int, world_size: int, steps: int, directory: P
         return measurement.read(out)
     if code == 0:
         raise Stopped(1)
-    if code == _KILLED:
+    if code == launch.KILLED:
         return Failure("does not fit: the system killed it, as it does when memory runs out")
     return Failure(f"ended by signal {code - 128}" if code > 128 else f"ended with exit code {code}")
