@@ -419,15 +419,20 @@ def test_a_run_that_was_killed_before_it_recorded_a_checkpoint(copied, inspected
 def test_a_run_that_goes_on_from_an_earlier_step(copied, inspected):
     run = copied("run")
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    (start,) = (event for event in events if event["event"] == "start")
-    with (run / "events.jsonl").open("a") as file:
-        file.write(json.dumps(start | {"step": 2}) + "\n")
-    facts = inspected(run)["facts"]
-    assert facts["state"].startswith("at step 2 of 3, not ended") and facts["loss"] is None
-    with (run / "events.jsonl").open("a") as file:
-        file.write(json.dumps(next(event for event in events if event["event"] == "step") | {"step": 3, "loss": 0.5}) + "\n")
-    facts = inspected(run)["facts"]
-    assert facts["state"].startswith("at step 3 of 3, not ended") and facts["loss"] == 0.5
+    last = {event["event"]: event for event in events}
+
+    def facts_after(event, **changes):
+        with (run / "events.jsonl").open("a") as file:
+            file.write(json.dumps(last[event] | changes) + "\n")
+        facts = inspected(run)["facts"]
+        return facts["state"].partition(",")[0], facts["loss"]
+
+    assert facts_after("start", step=3) == ("at step 3 of 3", last["step"]["loss"])
+    assert facts_after("end") == ("ended after step 3 of 3", last["step"]["loss"])
+    shutil.rmtree(run / "checkpoints/step-00000003")  # to go on from an earlier one
+    with_header(run / "adapter.safetensors", step=2)
+    assert facts_after("start", step=2) == ("at step 2 of 3", None)
+    assert facts_after("step", step=3, loss=0.5) == ("at step 3 of 3", 0.5)
 
 
 def test_what_an_adapter_was_trained_on_is_known_of_the_run_s_own(copied, inspected):

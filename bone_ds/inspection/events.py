@@ -13,7 +13,7 @@ from bone_ds.run_directory import RunDirectory
 class Events:
     """The last event of each kind, and the lines that are none: a killed run may leave half a line.
 
-    The last start goes on from its checkpoint: steps that came after that one, and an end, are not done any more.
+    A start goes on from a checkpoint: later steps than its own, and an end, are not done any more.
     """
 
     last: dict[str, dict]
@@ -33,8 +33,7 @@ def read(run: RunDirectory) -> Events:
             _ = event["time"] + 0.0
             last[event["event"]] = event
             if event["event"] == "start":
-                last.pop("step", None)
-                last.pop("end", None)
+                last = {kind: one for kind, one in last.items() if kind != "end" and one.get("step", 0) <= event.get("step", 0)}
         except (ValueError, RecursionError, TypeError, KeyError):
             torn.append(number)
     return Events(last, torn)
