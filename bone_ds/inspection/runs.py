@@ -76,8 +76,8 @@ def _configured(config: RunConfig) -> dict[str, object]:
 
 
 def _checkpoints(run: RunDirectory) -> list[Path]:
-    """Oldest first, also those that are not whole; one that was never finished is left over."""
-    return sorted(path for path in run.checkpoints.glob("step-*") if path.suffix != ".partial")
+    """Oldest first, also those that are not whole; what has another ending, such as one that was never finished, is left over."""
+    return sorted(path for path in run.checkpoints.glob("step-*") if not path.suffix)
 
 
 def _checkpoint(problems: list[str], path: Path) -> dict[str, object] | None:
