@@ -8,7 +8,7 @@ import torch
 from bone_ds import generate
 from bone_ds.config import ModelConfig, load_config
 from bone_ds.data import build_prompt
-from bone_ds.demo import rwkv6, small_world
+from bone_ds.demo import quickstart, rwkv6, small_world
 from bone_ds.demo.demonstration import recipe_of
 from bone_ds.demo.word_problems import answer_of, last_number
 
@@ -17,7 +17,7 @@ HELD_OUT_LOSS = 0.33  # nats a byte
 
 @pytest.fixture(scope="module")
 def small():
-    return generate.load(ModelConfig(path=str(rwkv6.MODEL), dtype="fp32"))
+    return generate.load(ModelConfig(path=str(quickstart.MODEL), dtype="fp32"))
 
 
 def logits_of(loaded, texts):
@@ -31,7 +31,7 @@ def logits_of(loaded, texts):
 
 
 def test_it_is_small_and_of_bytes(small):
-    assert rwkv6.MODEL.stat().st_size <= 4_000_000
+    assert quickstart.MODEL.stat().st_size <= 4_000_000
     assert sum(parameter.numel() for parameter in small.model.parameters()) == 1_700_352
     assert small.architecture.name == "rwkv"
     assert small.tokenizer.vocab_size == 256 and small.tokenizer.eos_token_id == 0

@@ -6,21 +6,16 @@ in no question that the adapter is trained on.
 
 from __future__ import annotations
 
-import shutil
-from importlib.resources import files
 from pathlib import Path
 
 from bone_ds import generate
 from bone_ds.config import RunConfig
-from bone_ds.demo import small_world
+from bone_ds.demo import quickstart
 from bone_ds.demo.demonstration import Part
-
-MODEL = Path(str(files("bone_ds").joinpath("demo/rwkv6-small.pth")))
 
 
 def prepare(config: RunConfig) -> None:
-    small_world.write_questions(Path(config.data.train[0]).parent)
-    shutil.copyfile(MODEL, config.model.path)
+    quickstart.write(Path(config.model.path).parent)
 
 
 def ask(model: Path, config: RunConfig, prompts: list[str], max_new_tokens: int) -> list[str]:
