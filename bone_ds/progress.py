@@ -50,8 +50,8 @@ class Progress:
         done = step - self.first_step
         left = (time.monotonic() - self.started) / done * (self.steps - step)
         self._show(
-            f"step {step}/{self.steps}  loss {loss:.4f}  lr {learning_rate:.2e}  grad {grad_norm:.3f}  "
-            f"tok/s {positions:.0f} all {tokens:.0f} real {label_tokens:.0f} loss  {peak_memory_gib():.2f} GiB  {_clock(left)} left",
+            f"step {step}/{self.steps}  loss {loss:.4f}  lr {learning_rate:.2e}  grad {grad_norm:.3f}  {_clock(left)} left  "
+            f"{peak_memory_gib():.2f} GiB  tok/s {positions:.0f} all  {tokens:.0f} real  {label_tokens:.0f} loss",
             in_place=self.in_place)
 
     def say(self, line: str) -> None:
@@ -61,8 +61,7 @@ class Progress:
         if self.log is None:
             return
         if in_place:
-            # A wrapped line could not be rewritten.
-            print(f"\r\x1b[K{line[:shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+            print(f"\r\x1b[K{_within(line, shutil.get_terminal_size().columns - 1)}", end="", flush=True)
         else:
             print(("\n" if self.open_line else "") + line, flush=True)
         self.open_line = in_place
@@ -77,6 +76,13 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.progress.say(record.getMessage())
+
+
+def _within(line: str, columns: int) -> str:
+    """The first of the line's fields, which two spaces part, that fit: a line that wraps could not be rewritten."""
+    while len(line) > columns and "  " in line:
+        line = line.rpartition("  ")[0]
+    return line[:columns]
 
 
 def _clock(seconds: float) -> str:

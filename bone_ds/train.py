@@ -98,6 +98,8 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False, force: bool = F
         if resume:
             # The run may have ended between its last checkpoint and the adapter of it.
             writer.write_adapter(first_step, engine.gather("master"))
+            more = "" if first_step < steps else ": nothing is left to do, ask for more train.steps or train.epochs"
+            progress.say(f"resumed after step {first_step} of {steps}{more}")
 
         evaluation = _evaluate(held_out, engine, run, monitor, ranks, progress, first_step)
         result = None
@@ -131,6 +133,7 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False, force: bool = F
 
         train_s = time.monotonic() - started
         progress.say(f"done in {train_s:.0f} s: {run.adapter}")
+        progress.say(f"`bone-ds merge {run.adapter} --out MODEL` makes a plain model of it")
         if ranks.is_first:
             run.record("end", step=steps, train_s=round(train_s, 3))
         return RunResult(run.path, steps, result.loss if result else math.nan, evaluation and evaluation.loss)
@@ -210,7 +213,8 @@ def _evaluate(held_out: HeldOut | None, engine: Engine, run: RunDirectory, monit
 
 def _announce(progress: Progress, engine: Engine, source: Source, samples: Samples, held_out: Samples | None, order: GlobalOrder) -> None:
     trainable = _trainable_parameters(engine)
-    progress.say(f"model {source.origin}: {trainable:,} trainable parameters in {len(engine.trainable)} tensors, {engine.world_size} ranks")
+    progress.say(f"model {source.origin}: {trainable:,} trainable parameters in {len(engine.trainable)} tensors, "
+                 f"{engine.world_size} rank{'s' * (engine.world_size > 1)}")
     progress.say(f"train {samples.report}")
     for part, count in zip(samples.parts, order.epoch_counts):
         progress.say(f"  {part.name}, weight {part.weight:g}: {count} samples an epoch; {part.report}")

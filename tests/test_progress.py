@@ -37,6 +37,16 @@ def test_in_place_on_a_terminal_and_no_wider_than_it(tmp_path, capsys, monkeypat
     assert len((tmp_path / "log.txt").read_text().splitlines()) == 4
 
 
+@pytest.mark.parametrize("columns, last", [(200, "400 loss"), (80, "GiB"), (66, "left"), (30, "loss 2.5000"), (6, "step ")])
+def test_a_narrow_terminal_shows_the_first_fields_whole(tmp_path, capsys, monkeypatch, columns, last):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    Progress(tmp_path / "log.txt", steps=200).step(1, 2.5, 1e-3, 0.7, RATES)
+    line = capsys.readouterr().out.removeprefix("\r\x1b[K")
+    assert line.endswith(last) and len(line) < columns
+    assert (tmp_path / "log.txt").read_text().endswith("400 loss\n")
+
+
 def test_other_ranks_are_silent(capsys):
     show(Progress(None, steps=2))
     assert capsys.readouterr().out == ""

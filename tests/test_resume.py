@@ -231,7 +231,7 @@ def test_a_run_resumed_under_torchrun_is_equal_to_the_bit(command, tmp_path):
     shutil.rmtree(run / "checkpoints" / "step-00000004")
     (run / "adapter.safetensors").unlink()
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "bone_ds"]
-    launched(torchrun, "train", command.config, "--resume", f"output.directory={run}")
+    assert "\nresumed after step 3 of 5\n" in launched(torchrun, "train", command.config, "--resume", f"output.directory={run}")
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "step"] == [1, 2, 3, 4, 5, 4, 5]
     for field in ("loss", "grad_norm", "learning_rate"):
@@ -246,7 +246,8 @@ def test_a_finished_run_without_its_adapter_is_given_it_on_another_number_of_ran
     (run / "adapter.safetensors").unlink()
     with (run / "events.jsonl").open("a") as file:
         file.write('{"event": "st')
-    launched(["bone_ds"], "train", command.config, "--resume", "--ranks", 1, f"output.directory={run}")
+    printed = launched(["bone_ds"], "train", command.config, "--resume", "--ranks", 1, f"output.directory={run}")
+    assert "\nresumed after step 5 of 5: nothing is left to do" in printed and " tensors, 1 rank\n" in printed
     torch.testing.assert_close(load_file(run / "adapter.safetensors"), load_file(command.run / "adapter.safetensors"), rtol=0, atol=0)
     lines = (run / "events.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["event"] == "end" and '{"event": "st' in lines
