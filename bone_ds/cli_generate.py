@@ -62,8 +62,10 @@ def run(options: argparse.Namespace, given: list[str]) -> int:
     if options.ranks and options.ranks > 1:
         return _on_ranks(options, prompts, given)
     if len(prompts) == 1 and not options.out:
-        _completions(options, _loaded(options), prompts, sampling, _show)
+        completions = _completions(options, _loaded(options), prompts, sampling, _show)
         print()
+        if completions == [""]:
+            print("bone-ds: nothing came: the first token ends the text, or a --stop text begins it", file=sys.stderr)
     else:
         _put_out(options, prompts, _completions(options, _loaded(options), prompts, sampling))
     return 0
@@ -125,6 +127,7 @@ def _put_out(options: argparse.Namespace, prompts: list[str], completions: list[
     aside = options.out.with_name(options.out.name + ".partial")
     aside.write_text(generate.as_jsonl(prompts, completions), encoding="utf-8")
     os.replace(aside, options.out)
+    print(f"{options.out}: {len(completions)} completion{'s' * (len(completions) > 1)}")
 
 
 def _loaded(options: argparse.Namespace) -> Loaded:
@@ -142,6 +145,8 @@ def _chat(options: argparse.Namespace) -> int:
     sampling = _sampling(options)
     choose = sampling.choice()
     conversation = Conversation(_loaded(options), choose, options.max_new_tokens, sampling.repetition_penalty, options.chat_template)
+    if sys.stdin.isatty():
+        print(f"{options.model}: a line is a turn, Ctrl-C ends an answer, Ctrl-D the chat")
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "")

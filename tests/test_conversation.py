@@ -195,6 +195,7 @@ def test_in_a_terminal(tmp_path):
     tiny_rwkv.write(tmp_path / "model.pth", tensors)
     terminal = Terminal("generate", "model.pth", "--chat", "--dtype", "fp32", "--max-new-tokens", "1000000", directory=tmp_path)
     terminal.wait_for(lambda text: text.endswith(b"> "))
+    assert b"model.pth: a line is a turn, Ctrl-C ends an answer, Ctrl-D the chat\r\n> " in terminal.text
     terminal.type(b"half a line")
     terminal.interrupt()  # at the prompt it drops the line
     for said in (b"hello", b"and more"):

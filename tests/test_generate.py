@@ -343,7 +343,7 @@ def test_command_line(here, capsys, monkeypatch):
     assert one.endswith("\n") and one != two
     assert printed(capsys, "--prompt", "ab", "--prompt", "cd\ne") == f"=== 1 of 2: ab\n{one}=== 2 of 2: cd e\n{two}"
     (here / "p.jsonl").write_text('{"prompt": "ab", "id": 3}\n\n{"prompt": "cd\\ne"}\n')
-    assert printed(capsys, "--prompts", "p.jsonl", "--out", "o.jsonl", "--batch-size", "1") == ""
+    assert printed(capsys, "--prompts", "p.jsonl", "--out", "o.jsonl", "--batch-size", "1") == "o.jsonl: 2 completions\n"
     rows = [json.loads(line) for line in (here / "o.jsonl").read_text(encoding="utf-8").splitlines()]
     assert rows == [{"prompt": "ab", "completion": one[:-1]}, {"prompt": "cd\ne", "completion": two[:-1]}]
     monkeypatch.setattr("sys.stdin", Typed("ab\n", terminal=False))
@@ -361,6 +361,15 @@ def test_command_line(here, capsys, monkeypatch):
 def test_a_prompt_may_hold_any_line_separator_but_the_file_s(tmp_path):
     (tmp_path / "p.jsonl").write_bytes('{"prompt": "a\u2028b\x85c"}\r\n{"prompt": "d"}\n'.encode())
     assert generate.read_prompts(tmp_path / "p.jsonl") == ["a\u2028b\x85c", "d"]
+
+
+def test_an_empty_completion_is_explained(here, capsys):
+    (first, *_) = printed(capsys, "--prompt", "ab")
+    assert main(["generate", "model.pth", "--dtype", "fp32", "--prompt", "ab", "--stop", first]) == 0
+    output = capsys.readouterr()
+    assert output.out == "\n" and "nothing came" in output.err
+    assert main(["generate", "model.pth", "--dtype", "fp32", "--prompt", "ab", "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 class Typed:

@@ -125,7 +125,7 @@ def test_adapters(made, inspected, name):
     assert facts["tensors"] == len(tensors)
     if name.endswith(".safetensors"):
         base = made / ("rwkv.safetensors" if "rwkv" in name or "state" in name else "llama")
-        assert facts["base"]["path"] == str(base) and facts["base"]["now"] == "lies there" and facts["step"] == 3
+        assert facts["base"]["path"] == str(base) and facts["base"]["now"] == "the same model lies there" and facts["step"] == 3
         assert facts["base"]["fingerprint"] == inspected(base)["facts"]["fingerprint"]
 
 
@@ -205,12 +205,25 @@ def test_text(made, capsys, monkeypatch):
     assert text.startswith("run/adapter.safetensors: Bone adapter for llama, whole\n")
     assert "grouping            row\n" in text and f"source {made}/rows.jsonl, samples 40" in text and "lies there" in text
     assert "None" not in text
+    base = text[text.index("  base"):text.index("  step")].splitlines()
+    assert len(base) == 4 and {line.index(word) for line, word in zip(base, ("path", "dtype", "fingerprint", "now"))} == {22}
+
+
+def test_a_range_of_layers_is_shown_as_one(made, capsys):
+    assert main(["inspect", str(made / "row.safetensors")]) == 0
+    assert re.search(r"^  layers +\[1, 2\)$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_short_dictionary_stands_on_one_line(made, capsys):
+    assert main(["inspect", str(made / "rwkv.pth")]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^  parameters by kind  \w+ [\d,]+, \w+ ", text, re.MULTILINE) and re.search(r"^ {22}width \d+$", text, re.MULTILINE)
 
 
 def test_a_base_that_is_gone_or_another(made, copied, tmp_path, inspected):
     base = copied("llama")
     tiny_llama.random_adapter(base, tmp_path / "a.safetensors", rank=8)
-    assert inspected(tmp_path / "a.safetensors")["facts"]["base"]["now"] == "lies there"
+    assert inspected(tmp_path / "a.safetensors")["facts"]["base"]["now"] == "the same model lies there"
     tiny.write_model_with(tmp_path / "other", base, "model.norm.weight", 2.0)
     shutil.rmtree(base)
     assert "not on this machine" in inspected(tmp_path / "a.safetensors")["facts"]["base"]["now"]

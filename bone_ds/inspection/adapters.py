@@ -124,4 +124,4 @@ def _base_now(path: Path, header: Header, tensors: dict[str, Tensor], architectu
     if source.fingerprint != header.base_fingerprint:
         return f"another model lies there, of fingerprint {source.fingerprint}"
     merge.check_fit(path, header, tensors, architecture, source)
-    return "lies there"
+    return "the same model lies there"

@@ -9,6 +9,8 @@ from typing import Any
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 _PLAIN = ("step", "steps", "rank", "r", "groups", "revision")
 """Numbers that are written without separators."""
+_WIDEST = 80
+"""Characters of a dictionary that stands on one line; a longer one takes a line for each of its pairs."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,15 @@ def _label(name: str) -> str:
 
 
 def _text(name: str, value: Any) -> list[str]:
-    """One line, or one for each dictionary of a list."""
+    """One line, or one for each dictionary of a list and each pair of a long dictionary."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return [line for one in value for line in _text(name, one)]
+        return [", ".join(_pairs(one)) for one in value]
     if isinstance(value, dict):
-        return [", ".join(_pairs(value))]
+        pairs = list(_pairs(value))
+        line = ", ".join(pairs)
+        return [line] if len(line) <= _WIDEST else pairs
+    if name == "layers" and isinstance(value, list):
+        return ["[{}, {})".format(*value)]
     if isinstance(value, list):
         return [", ".join(map(str, value))]
     return [_number(name, value)]
