@@ -107,6 +107,6 @@ def test_two_processes(here):
     command = [sys.executable, "-m", "bone_ds", "generate", "model.pth", *OPTIONS, "--prompts", "prompts.jsonl", "--out", "two.jsonl"]
     done = subprocess.run([*command, "--ranks", "2"], capture_output=True, text=True, timeout=300, env=os.environ | {
         "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "two.jsonl: 7 completions\n", "")
     assert generated("--prompts", "prompts.jsonl", "--out", "one.jsonl") == 0
     assert (here / "two.jsonl").read_bytes() == (here / "one.jsonl").read_bytes()
