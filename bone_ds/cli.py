@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from bone_ds.config import RunConfig
 
 UNREAD = 128 + 13
+STOPPED = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -194,8 +196,9 @@ def _train(options: argparse.Namespace, given: list[str]) -> int:
 
     config = load_config(options.config, options.overrides)
     # What is wrong is said before the launcher and its imports are paid for.
+    run = RunDirectory.planned(config)
     try:
-        RunDirectory.planned(config).check(config, options.resume)
+        run.check(config, options.resume)
         _check_paths(config)
     except OSError as error:
         raise ConfigError(f"{error.filename}: {error.strerror}") from None
@@ -207,6 +210,8 @@ def _train(options: argparse.Namespace, given: list[str]) -> int:
         if code == launch.KILLED:
             print("bone-ds: a rank was killed by signal 9, as the system does when memory runs out\n"
                   "Lower data.max_length or train.micro_batch_size, or set train.activation_checkpointing: layer", file=sys.stderr)
+        if code in STOPPED and run.adapter.exists():  # written with every checkpoint
+            print(f"bone-ds: stopped; with --resume the run in {run.path} goes on from its last checkpoint", file=sys.stderr)
         return code
     if options.ranks not in (None, ranks.world_size):
         raise ConfigError(f"--ranks: {options.ranks}, but the launcher started {ranks.world_size}; leave it out under a launcher")

@@ -217,7 +217,7 @@ def _announce(progress: Progress, engine: Engine, source: Source, samples: Sampl
                  f"{engine.world_size} rank{'s' * (engine.world_size > 1)}")
     progress.say(f"train {samples.report}")
     for part, count in zip(samples.parts, order.epoch_counts):
-        progress.say(f"  {part.name}, weight {part.weight:g}: {count} samples an epoch; {part.report}")
+        progress.say(f"  {part.name}, weight {part.weight:g}: {count:,} samples an epoch; {part.report}")
     if held_out:
         progress.say(f"held out {held_out.report}")
     parts = samples.parts + (held_out.parts if held_out else ())

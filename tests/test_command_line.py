@@ -163,6 +163,22 @@ def test_a_rank_killed_for_memory_is_explained(run_directory, monkeypatch, capsy
     assert "signal 9" in message and "data.max_length" in message and message.count("\n") == 2
 
 
+@pytest.mark.parametrize("code, has_checkpoint, is_told", [(130, True, True), (143, True, True), (130, False, False), (1, True, False)])
+def test_a_stopped_run_says_how_it_goes_on(run_directory, monkeypatch, tmp_path, capsys, code, has_checkpoint, is_told):
+    monkeypatch.chdir(run_directory)
+
+    def stop(arguments, ranks):
+        if has_checkpoint:
+            (tmp_path / "stopped").mkdir()
+            (tmp_path / "stopped/adapter.safetensors").touch()
+        return code
+
+    monkeypatch.setattr(launch, "start", stop)
+    assert main(["train", "run.yaml", "--ranks", "1", f"output.directory={tmp_path}/stopped"]) == code
+    message = capsys.readouterr().err
+    assert (f"with --resume the run in {tmp_path}/stopped goes on" in message) == is_told and message.count("\n") == is_told
+
+
 @pytest.mark.parametrize("environ, waits", [
     ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, [5]), ({}, [])], ids=["rank", "no rank"])
 def test_a_rank_whose_peer_is_gone_leaves_the_word_to_it(monkeypatch, environ, waits):

@@ -42,10 +42,10 @@ class Report:
         return cls(**sums | {"longest": max(report.longest for report in reports)})
 
     def __str__(self) -> str:
-        parts = [f"{self.kept} samples of {self.rows} rows", f"{self.tokens} tokens", f"{self.label_tokens} bear loss",
-                 f"longest {self.longest}"]
-        parts += [f"{count} {what}" for count, what in (
-            (self.truncated, "truncated"), (self.split, f"split into {self.pieces}"), (self.dropped, "dropped as too long"),
+        parts = [f"{self.kept:,} samples of {self.rows:,} rows", f"{self.tokens:,} tokens", f"{self.label_tokens:,} bear loss",
+                 f"longest {self.longest:,}"]
+        parts += [f"{count:,} {what}" for count, what in (
+            (self.truncated, "truncated"), (self.split, f"split into {self.pieces:,}"), (self.dropped, "dropped as too long"),
             (self.label_less, "left out without a token to learn")) if count]
         return ", ".join(parts)
 
