@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="fine-tune a model as a config says",
                                 description="Starts DeepSpeed's launcher on this machine, or trains where a launcher started it.")
     train.add_argument("config", help="YAML file; `bone-ds config` shows every field")
-    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a field of the file")
+    train.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="replaces a field of the file")
     train.add_argument("--ranks", type=int, help="local processes to start (default: all GPUs, or 1)")
     train.add_argument("--resume", action="store_true", help="continue the run in output.directory from its last checkpoint")
     train.add_argument("--force", action="store_true", help="start even what the plan says will not fit into memory")
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
                                description="Reads no weights (but a .gguf is converted once, as for training) and needs no device. "
                                            "A model or data that aren't there yet are assumed.")
     plan.add_argument("config", help="YAML file; `bone-ds config` shows every field")
-    plan.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a field of the file")
+    plan.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="replaces a field of the file")
     plan.add_argument("--ranks", type=int, help="processes of the run (default: all GPUs, or 1)")
     plan.add_argument("--device", choices=("cpu", "cuda"),
                       help="of the run (default: cuda where there is a GPU or --device-memory, else cpu)")
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         "profile", help="measure a step of a config: time by part, memory by component, beside the plan",
         description="Trains a few steps that are thrown away, and writes a page with plots, the figures as JSON and CSV, and traces.")
     profile.add_argument("config", help="YAML file; `bone-ds config` shows every field")
-    profile.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a field of the file")
+    profile.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="replaces a field of the file")
     profile.add_argument("--ranks", type=int, help="local processes to start (default: all GPUs, or 1)")
     profile.add_argument("--steps", type=int, default=5, metavar="N", help="timed steps of a turn, default 5")
     profile.add_argument("--compare", action="append", metavar="VARIANT", default=[],
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         "data", help="what the model will see: samples with what bears loss, lengths, counts, packing",
         description="Reads the data and the tokenizer, no weights.")
     data.add_argument("config", help="YAML file; `bone-ds config` shows every field")
-    data.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a field of the file")
+    data.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="replaces a field of the file")
     data.add_argument("--samples", type=int, default=2, metavar="N", help="how many of each source are shown, default 2")
     data.add_argument("--colour", choices=("auto", "always", "never"), default="auto", help="default: where the output is a terminal")
     data.add_argument("--json", action="store_true", help="print it as JSON")
@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
 
     config = commands.add_parser("config", help="show every field of a config with its meaning and default")
     config.add_argument("config", nargs="?", help="a file to check and show as it would be used")
-    config.add_argument("overrides", nargs="*", metavar="section.key=value")
+    config.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
     config.set_defaults(run=_config)
 
     merge = commands.add_parser("merge", help="write base + adapter as a plain model")

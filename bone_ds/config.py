@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -497,7 +498,8 @@ def describe_fields() -> str:
             default = "  # required" if detail.is_required() else ""
             value = "" if detail.is_required() else " " + _as_yaml(detail.default)
             choices = re.findall(r"'([^']*)'", str(detail.annotation)) if "Literal" in str(detail.annotation) else []
-            lines.append(f"  # {detail.description}" + (f" One of: {', '.join(choices)}." if choices else ""))
+            told = f"{detail.description} One of: {', '.join(choices)}." if choices else detail.description
+            lines += [f"  # {line}" for line in textwrap.wrap(told, 96, break_long_words=False, break_on_hyphens=False)]
             lines.append(f"  {field}:{value}{default}")
         lines.append("")
     return "\n".join(lines)

@@ -52,6 +52,12 @@ print([name for name in {HEAVY!r} if name in sys.modules], code, file=sys.stderr
     assert cpu_time_of_children_s() - before_s < 1.0  # half of it on a calm machine; the time on the clock depends on what else runs
 
 
+def test_a_missing_config_alone_is_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        main(["train"])
+    assert capsys.readouterr().err.endswith("the following arguments are required: config\n")
+
+
 def cpu_time_of_children_s() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime

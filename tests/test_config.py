@@ -100,6 +100,7 @@ def test_the_shown_fields_with_the_required_ones_filled_in_are_the_defaults(smal
     assert main(["config"]) == 0
     shown = capsys.readouterr().out
     assert shown == describe_fields()
+    assert max(map(len, shown.splitlines())) <= 100
     for field, value in [("path", "some/model"), ("train", "train.jsonl"), ("directory", "run")]:
         shown, count = re.subn(rf"^  {field}:  # required$", f"  {field}: {value}", shown, flags=re.MULTILINE)
         assert count == 1, field
