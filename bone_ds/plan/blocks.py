@@ -24,7 +24,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a block was allocated: the how manieth of a segment."""
+    """Where a block came: the how manieth of which segment."""
 
     part: str
     layer: int | None
@@ -40,7 +40,7 @@ class Block:
     size_bytes: int
     """0 where it goes."""
     recorded: bool
-    """Whether autograd recorded what it was computed for."""
+    """Whether autograd recorded what was computed when it came."""
 
 
 @dataclass
@@ -91,25 +91,17 @@ def _moved_origin(origin: Origin, by: int) -> Origin:
 
 
 def layout(forms: Sequence[Hashable], run_of_each: int) -> list[int]:
-    """For each layer of the whole model the recorded one it counts as: of its form the first, the last, or else the second."""
-    seen, left = Counter(), Counter(forms)
-    kept = [(form, number) for form, number in _numbered(forms) if number < run_of_each]
-    place = {which: index for index, which in enumerate(kept)}
-    found = []
+    """For each layer of the whole model, which of the kept ones it is like: the first, the last or the second of its form."""
+    kept: dict[Hashable, list[int]] = {}
+    number_kept = 0
     for form in forms:
-        number, left[form] = seen[form], left[form] - 1
+        if len(kept.setdefault(form, [])) < run_of_each:
+            kept[form].append(number_kept)
+            number_kept += 1
+    counts, seen, found = Counter(forms), Counter(), []
+    for form in forms:
+        is_last = seen[form] == counts[form] - 1
+        like = seen[form] if counts[form] <= run_of_each else -1 if is_last else min(1, seen[form])
+        found.append(kept[form][like])
         seen[form] += 1
-        count = Counter(forms)[form]
-        if count > run_of_each:
-            number = 0 if number == 0 else run_of_each - 1 if left[form] == 0 else 1
-        found.append(place[form, number])
     return found
-
-
-def _numbered(forms: Sequence[Hashable]) -> list[tuple[Hashable, int]]:
-    seen: Counter = Counter()
-    numbered = []
-    for form in forms:
-        numbered.append((form, seen[form]))
-        seen[form] += 1
-    return numbered
