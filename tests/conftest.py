@@ -13,6 +13,7 @@ SHARE_RUNS = ("test_zero", "test_resume")
 """Files that look at the same runs, the longest of all."""
 
 
+@pytest.hookimpl(tryfirst=True)  # the workers read the groups in the same hook
 def pytest_collection_modifyitems(items):
     """Workers take whole files, so that what a file's tests share is made once; the longest first."""
     items.sort(key=lambda item: item.path.stem not in SHARE_RUNS)
