@@ -3,6 +3,8 @@
     trace     the real model on fake tensors: what forward keeps, the peaks, FLOPs
     zero      what DeepSpeed holds beside it, as formulas
     memory    both together, by component, at the peak
+    blocks    the blocks of memory that a micro-batch takes and frees, in order
+    heap      what malloc makes of them on a CPU
     process   what a process or a device holds besides tensors
     workload  the run's batches
     changes   what would make it fit
