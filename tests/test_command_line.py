@@ -139,7 +139,7 @@ def test_two_ranks_train_and_say_nothing_else(run_directory):
     done = shell("train", "run.yaml", "--ranks", "2", directory=run_directory)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["plan:", "model", "train", "warning:", "step", "step", "done"], done.stdout
+    assert [line.split()[0] for line in lines] == ["plan:", "model", "train", "warning:", "step", "step", "done", "`bone-ds"], done.stdout
     assert "the longest sample has 158 tokens, the model's context is 64" in lines[3]
     assert "step 2/2" in lines[5] and (run_directory / "run/adapter.safetensors").exists()
     merged = shell("merge", "run/adapter.safetensors", "--out", "merged", directory=run_directory)
