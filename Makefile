@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 
 # Two workers, each with whole files: tests/conftest.py.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" -n 2 --no-loadscope-reorder
 
 # Longer checks on large models; those on the one that `make demo` fetches are skipped without it, and say so.
 test-slow: $(INSTALLED)

@@ -13,12 +13,22 @@ SHARE_RUNS = ("test_zero", "test_resume")
 """Files that look at the same runs, the longest of all."""
 
 
-@pytest.hookimpl(tryfirst=True)  # the workers read the groups in the same hook
 def pytest_collection_modifyitems(items):
-    """Workers take whole files, so that what a file's tests share is made once; the longest first."""
+    """The longest come first."""
     items.sort(key=lambda item: item.path.stem not in SHARE_RUNS)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("runs" if item.path.stem in SHARE_RUNS else item.path.stem))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Workers take whole files, so that what a file's tests share is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class WholeFiles(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "runs" if Path(file).stem in SHARE_RUNS else file
+
+    return WholeFiles(config, log)
 
 
 def pytest_addoption(parser):
