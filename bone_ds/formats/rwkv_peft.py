@@ -36,8 +36,6 @@ from bone_ds.formats.coverage import rectangle
 from bone_ds.formats.output import check_absent, chosen_dtype, write_aside
 from bone_ds.resolution import DTYPES
 
-BONE_NAMES = ("bone", "disha")
-
 _BONE = re.compile(r"blocks\.(\d{1,6})\.((?:att|ffn)\.\w+)\.(bone|disha)")
 _STATE = re.compile(r"blocks\.(\d{1,6})\.(att)\.(time_state)")
 _READ_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
