@@ -153,9 +153,9 @@ def _config(case: Case, options, directory: Path) -> dict:
 
 def _worker(config_path: Path, out: Path) -> None:
     """One rank: two steps and a checkpoint, as training does them."""
-    from bone_ds import arch, checkpoint, ds_json, launch
+    from bone_ds import adapter_file, arch, checkpoint, ds_json, launch
     from bone_ds import engine as engines
-    from bone_ds.config import load_config
+    from bone_ds.config import dump_yaml, load_config
     from bone_ds.data import GlobalOrder, collate_chunks, deal, load_samples
     from bone_ds.live import LiveMemory
     from bone_ds.step import optimizer_step
@@ -184,7 +184,8 @@ def _worker(config_path: Path, out: Path) -> None:
                            for chunk in collate_chunks(samples, hand.units, device, train.chunk_length, hand.all_units)]
                 optimizer_step(engine, batches, window.label_tokens, train.learning_rate)
             live_bytes, phases["stepped"] = live.peak_bytes, _resident_bytes()
-        checkpoint.save(out.parent / "checkpoints", engine, train.steps, source.fingerprint, samples.fingerprint(), 1)
+        origin = checkpoint.Origin(adapter_file.header_of(config, architecture, source, step=0), samples.fingerprint(), dump_yaml(config))
+        checkpoint.Saver(out.parent / "checkpoints", out.parent / "adapter.safetensors", engine, origin, keep=1).save(train.steps)
         phases["saved"] = _resident_bytes()
     Path(f"{out}.{ranks.rank}").write_text(json.dumps({"live_bytes": live_bytes, "resident_bytes": phases["saved"], "phases": phases}))
 

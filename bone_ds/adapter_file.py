@@ -2,12 +2,14 @@
 
 Tensors by method: `MODULE.bone`, whose shape follows from grouping and form; `MODULE.lora_A` and `MODULE.lora_B`;
 `MODULE.time_state` (state); every weight of the model by its own name (full).
+
+A SHA-256 of the header and of every tensor's name, shape and bytes stands in the header. Files without one are read too.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -21,10 +23,9 @@ from bone_ds.arch import Architecture, Source
 from bone_ds.bone.grouping import matches, shape_pattern
 from bone_ds.config import AdapterConfig, ModelConfig, RunConfig
 from bone_ds.errors import CheckpointError
-from bone_ds.tensor_file import save_file
 
 FORMAT_VERSION = 1
-_KEY = "bone_ds"
+_KEY, _DIGEST = "bone_ds", "sha256"
 _LATER = {"form", "groups"}
 """Fields that files written before them don't have."""
 
@@ -84,20 +85,21 @@ def header_of(config: RunConfig, architecture: Architecture, source: Source, ste
 
 
 def write(path: Path, header: Header, tensors: dict[str, Tensor]) -> None:
-    """Writes aside and renames: the file is whole or absent."""
-    aside = path.with_name(path.name + ".partial")
+    """Raises CheckpointError where that fails; nothing is left there then."""
     whole = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
-    save_file(whole, aside, metadata={_KEY: json.dumps(asdict(header))})
-    os.replace(aside, path)
+    fields = asdict(header)
+    tensor_file.save_file(whole, path, metadata={_KEY: json.dumps(fields | {_DIGEST: _digest(fields, whole)})})
 
 
 def read(path: Path) -> tuple[Header, dict[str, Tensor]]:
-    """The header and every tensor, checked against it: names, shapes, finite values."""
+    """The header and every tensor, checked against it: names, shapes, finite values, and the digest where there is one."""
     with _opened(path) as file:
-        header = _header(path, file.metadata() or {})
+        metadata = file.metadata() or {}
+        header = _header(path, metadata)
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors")
+    _check_digest(path, metadata, tensors)
     for name, tensor in tensors.items():
         _check_tensor(path, header, name, tensor)
     return header, tensors
@@ -150,6 +152,7 @@ def _header(path: Path, metadata: dict[str, str]) -> Header:
         raise CheckpointError(f"{path}: its {_KEY!r} header is damaged: {metadata[_KEY][:60]!r}") from None
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format_version {version!r} is not {FORMAT_VERSION}, the one this version reads")
+    given.pop(_DIGEST, None)
     names = {field.name for field in fields(Header)}
     odd = sorted((set(given) ^ names) - _LATER)
     if odd:
@@ -157,6 +160,21 @@ def _header(path: Path, metadata: dict[str, str]) -> Header:
     header = Header(**given)
     check_describes_adapter(path, header, "its header")
     return header
+
+
+def _check_digest(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
+    fields = json.loads(metadata[_KEY])
+    digest = fields.pop(_DIGEST, None)
+    if digest is not None and digest != _digest(fields, tensors):
+        raise CheckpointError(f"{path}: is damaged: its contents are not what its {_DIGEST} says; take another copy, or write it again")
+
+
+def _digest(fields: dict, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor_file.as_bytes(tensor))
+    return digest.hexdigest()
 
 
 def check_describes_adapter(path: Path, header: Header, origin: str) -> None:

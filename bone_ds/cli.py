@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -70,12 +71,20 @@ def _report(error: BoneError) -> None:
 def _parse(given: list[str]) -> argparse.Namespace:
     """Overrides may stand before, between and after options, which argparse alone doesn't allow."""
     parser = _parser()
-    options, rest = parser.parse_known_args(given)
+    options, rest = parser.parse_known_args(_with_resume_alone(given))
     if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest
     return options
+
+
+def _with_resume_alone(given: list[str]) -> list[str]:
+    """`--resume` moved to the end where the word behind it is a config or an override, which argparse would take for its PATH."""
+    before_another = [index for index, word in enumerate(given[:-1])
+                      if word == "--resume" and re.match(r".*\.ya?ml$|[a-z_]+\.[a-z_0-9]+=", given[index + 1])]
+    kept = [word for index, word in enumerate(given) if index not in before_another]
+    return kept + ["--resume"] * bool(before_another)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="YAML file; `bone-ds config` shows every field")
     train.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="replaces a field of the file")
     train.add_argument("--ranks", type=int, help="local processes to start (default: all GPUs, or 1)")
-    train.add_argument("--resume", action="store_true", help="continue the run in output.directory from its last checkpoint")
+    train.add_argument("--resume", nargs="?", const=True, default=False, type=lambda path: Path(path).expanduser(), metavar="PATH",
+                       help="continue the run in output.directory from its last whole checkpoint; or from PATH, a checkpoints/step-N of "
+                            "this run, or of another like it for a new directory")
     train.add_argument("--force", action="store_true", help="start even what the plan says will not fit into memory")
     train.set_defaults(run=_train)
 
@@ -196,14 +207,16 @@ def _train(options: argparse.Namespace, given: list[str]) -> int:
 
     config = load_config(options.config, options.overrides)
     # What is wrong is said before the launcher and its imports are paid for.
+    ranks = launch.current()
     run = RunDirectory.planned(config)
     try:
-        run.check(config, options.resume)
+        if ranks is None or ranks.is_first:  # other hosts may have no such directory
+            run.check(config, options.resume)
         _check_paths(config)
     except OSError as error:
         raise ConfigError(f"{error.filename}: {error.strerror}") from None
-    ranks = launch.current()
     if ranks is None:
+        run.check_unlocked()
         world_size = options.ranks if options.ranks is not None else max(1, launch.count_gpus())
         monitoring.check_installed(ds_json.resolve(config, max(1, world_size)))
         code = launch.start(given, world_size)

@@ -210,6 +210,11 @@ class TrainConfig(Section):
         0, ge=0, description="Steps between records of the norm of each adapter tensor and of its gradient; 0 is never.")
     save_every: int = Field(100, ge=0, description="Steps between checkpoints (one is always written at the end); 0 is only at the end.")
     keep_checkpoints: int = Field(2, ge=1, description="How many of the latest checkpoints stay on disk.")
+    keep_best: bool = Field(
+        False, description="Keep the checkpoint of the lowest held-out loss too; train.save_every is a multiple of eval_every then.")
+    async_save: bool | None = Field(
+        None, description="Write checkpoints beside the next steps, from a copy in host memory (12 bytes a trainable parameter); "
+                          "default on a GPU alone.")
 
 
 class DeepSpeedConfig(Section):
@@ -283,6 +288,11 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
     yield from _data_conflicts(data)
     if data.eval_samples is not None and not data.eval:
         yield f"data.eval_samples: {data.eval_samples} without data.eval; name a held-out file"
+    if train.keep_best and not (data.eval and train.eval_every):
+        yield "train.keep_best: True needs held-out losses; name a data.eval, and give train.eval_every"
+    elif train.keep_best and train.save_every % train.eval_every:
+        yield (f"train.save_every: {train.save_every} is no multiple of train.eval_every: {train.eval_every}, as train.keep_best: True "
+               "needs it: a checkpoint's held-out loss is that of its step")
     if train.steps is not None and train.epochs is not None:
         yield f"train.steps: {train.steps} and train.epochs: {train.epochs} are both given; keep one"
     if train.steps is not None:

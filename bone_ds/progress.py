@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from bone_ds import publishing
+
 GIB = 1024**3
 
 
@@ -65,7 +67,7 @@ class Progress:
         else:
             print(("\n" if self.open_line else "") + line, flush=True)
         self.open_line = in_place
-        with self.log.open("a", encoding="utf-8") as file:
+        with publishing.writing(self.log), self.log.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 

@@ -8,6 +8,7 @@ import mmap
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -31,6 +32,28 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str
     except (OSError, SafetensorError) as error:
         path.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: can't be written: {str(error).splitlines()[0]}") from None
+
+
+def check_written(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Reads back what `save_file` wrote. Raises CheckpointError unless every tensor is there to the bit."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            differing = sorted(names ^ tensors.keys())
+            for name in names & tensors.keys():
+                read = file.get_tensor(name)
+                if read.shape != tensors[name].shape or not np.array_equal(as_bytes(read), as_bytes(tensors[name])):
+                    differing.append(name)
+                drop_pages(read)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: was written and can't be read back: {str(error).splitlines()[0]}") from None
+    if differing:
+        raise CheckpointError(f"{path}: was written, but {differing[0]} reads back as something else; the disk or its driver is at fault")
+
+
+def as_bytes(tensor: Tensor) -> np.ndarray:
+    """The elements of a CPU tensor as they lie in memory, not copied if they lie in order."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
 def outline(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

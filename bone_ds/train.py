@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Literal
 
 import torch
 
-from bone_ds import activation, adapter_file, arch, checkpoint, ds_json, monitoring, plan, resolution
+from bone_ds import activation, adapter_file, arch, checkpoint, ds_json, monitoring, plan, publishing, resolution
 from bone_ds import engine as engines
 from bone_ds.arch import Architecture, Source
-from bone_ds.config import RunConfig, conflicts_with_steps
+from bone_ds.checkpoint import Found, Origin, Saved
+from bone_ds.config import RunConfig, conflicts_with_steps, dump_yaml
 from bone_ds.data import GlobalOrder, Samples, collate_chunks, deal, load_samples
 from bone_ds.engine import Engine, Monitor
 from bone_ds.errors import BoneError, CheckpointError, ConfigError, DataError
@@ -26,7 +28,7 @@ from bone_ds.plan import Plan
 from bone_ds.progress import Progress, hold_log_lines, peak_memory_gib
 from bone_ds.resolution import DTYPES
 from bone_ds.run_directory import RunDirectory
-from bone_ds.step import learning_rate, optimizer_step
+from bone_ds.step import StepResult, learning_rate, optimizer_step
 
 
 @dataclass(frozen=True)
@@ -39,18 +41,19 @@ class RunResult:
     """After the last step; None without held-out data or with train.eval_every: 0."""
 
 
-def train(config: RunConfig, ranks: Ranks, resume: bool = False, force: bool = False) -> RunResult:
+def train(config: RunConfig, ranks: Ranks, resume: bool | Path = False, force: bool = False) -> RunResult:
     """Trains on this process's rank; every rank of the run calls it. Raises BoneError where the user can mend it.
 
-    Nothing is written before config, data, model and adapter have been found usable, and the run to fit into memory; `force`
-    starts one that the plan says will not.
+    resume: True goes on from the run's last whole checkpoint, a path from that one. Nothing is written before config, data, model and
+    adapter have been found usable, and the run to fit into memory; `force` starts one that the plan says will not. The run directory
+    is rank 0's alone: it need not be there for other hosts.
     """
     hold_log_lines()
     ds = ds_json.resolve(config, ranks.world_size)
     monitoring.check_installed(ds)
     run = RunDirectory.planned(config)
-    run.check(config, resume)
-    with engines.distributed(ranks):
+    with engines.distributed(ranks), ExitStack() as held:
+        engines.by_first(lambda: run.check(config, resume))
         torch.manual_seed(config.train.seed)
         device = engines.device(ranks)
         architecture = arch.resolve(config.model)
@@ -74,30 +77,40 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False, force: bool = F
         engine = build_engine(config, architecture, source, ds, device)
 
         started = time.monotonic()
-        first_step = 0
-        if resume:
-            first_step = checkpoint.load(checkpoint.latest(run.checkpoints), engine, source.fingerprint, samples.fingerprint())
-            if first_step > steps:
-                raise ConfigError(f"--resume: the run has done {first_step} steps already, more than the {steps} now asked for")
-        engines.barrier()
-        # Before the run directory is made: Weights & Biases may be refused. The other ranks report nothing.
+        origin = checkpoint.Origin(adapter_file.header_of(config, architecture, source, step=0), samples.fingerprint(), dump_yaml(config))
+        found = engines.by_first(lambda: _taken(run, held, resume, origin))
+        first_step = found.step if found else 0
+        if first_step > steps:
+            raise ConfigError(f"--resume: the run has done {first_step} steps already, more than the {steps} now asked for")
+        if found:
+            checkpoint.load(found.path, engine)
+        # Before the run directory is filled: Weights & Biases may be refused. The other ranks report nothing.
         monitor = Monitor(monitoring.placed(ds, run.path) if ranks.is_first else {}, first_step)
-        if ranks.is_first:
+        beside = config.train.async_save if config.train.async_save is not None else device.type != "cpu"
+        saver = held.enter_context(checkpoint.Saver(
+            run.checkpoints, run.adapter, engine, origin, config.train.keep_checkpoints, config.train.keep_best, beside,
+            lambda saved: _record_saved(run, saved)))
+
+        def begin() -> None:
+            if found:
+                checkpoint.settle(run.checkpoints, found.step, found.damaged)
             run.create(config, ds)
-            with run.log.open("a", encoding="utf-8") as log:
+            run.create(config, ds)
+            with publishing.writing(run.log), run.log.open("a", encoding="utf-8") as log:
                 log.writelines(f"{line}\n" for line in plan_lines)
-            run.record("start", step=first_step, steps=steps, world_size=ranks.world_size,
+            run.record("start", step=first_step, steps=steps, world_size=ranks.world_size, checkpoint=found and str(found.path),
                        **_provenance(engine, source, samples, held_out_samples, order))
+
+        engines.by_first(begin)
+        if found:
+            saver.put_adapter(found.path)  # the run may have ended between its last checkpoint and the adapter of it
         progress = Progress(run.log if ranks.is_first else None, steps, first_step)
         _announce(progress, engine, source, samples, held_out_samples, order)
         if device.type == "cpu" and (fields := ds_json.offloaded(ds)):
             progress.say(f"warning: zero_optimization.{' and '.join(fields)}: no memory is saved on a CPU, where all of it is the host's")
         if warning := resolution.context_warning(architecture, source, int(samples.lengths.max())):
             progress.say(warning)
-        writer = _Writer(config, ranks, run, engine, monitor, architecture, source, samples)
-        if resume:
-            # The run may have ended between its last checkpoint and the adapter of it.
-            writer.write_adapter(first_step, engine.gather("master"))
+        if found:
             more = "" if first_step < steps else ": nothing is left to do, ask for more train.steps or train.epochs"
             progress.say(f"resumed after step {first_step} of {steps}{more}")
 
@@ -120,17 +133,20 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False, force: bool = F
             rates = tuple(count / step_s for count in (result.positions, tokens, window.label_tokens))
             progress.step(done, result.loss, rate, result.grad_norm, rates)
             if ranks.is_first:
-                writer.record_step(done, window, result, rate, step_s, rates)
+                saver.check()
+                _record_step(run, monitor, done, window, result, rate, step_s, rates)
             if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
                 raise DataError(
                     f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}; checkpoints before it are whole\n"
                     f"Lower train.learning_rate: {config.train.learning_rate}, or look for bad rows in "
                     f"{', '.join(config.data.train_paths)}")
-            if held_out and (done % config.train.eval_every == 0 or done == steps):
+            evaluates = held_out and (done % config.train.eval_every == 0 or done == steps)
+            if evaluates:
                 evaluation = _evaluate(held_out, engine, run, monitor, ranks, progress, done)
             if done == steps or config.train.save_every and done % config.train.save_every == 0:
-                writer.save(done)
+                saver.save(done, evaluation.loss if evaluates else None)
 
+        saver.finish()
         train_s = time.monotonic() - started
         progress.say(f"done in {train_s:.0f} s: {run.adapter}")
         progress.say(f"`bone-ds merge {run.adapter} --out MODEL` makes a plain model of it")
@@ -243,46 +259,32 @@ def _trainable_parameters(engine: Engine) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in engine.trainable.values())
 
 
-@dataclass(frozen=True)
-class _Writer:
-    """What a run leaves on disk as it goes."""
+def _taken(run: RunDirectory, held: ExitStack, resume: bool | Path, origin: Origin) -> Found | None:
+    """Takes the run directory for this process as long as `held` lasts; returns the checkpoint to go on from. Rank 0 calls it."""
+    held.enter_context(run.locked(resume))
+    if isinstance(resume, Path):
+        return Found(resume, checkpoint.given(resume, origin).step)
+    return checkpoint.last_whole(run.checkpoints, origin) if resume else None
 
-    config: RunConfig
-    ranks: Ranks
-    run: RunDirectory
-    engine: Engine
-    monitor: Monitor
-    architecture: Architecture
-    source: Source
-    samples: Samples
 
-    def record_step(self, step, window, result, rate, step_s, rates) -> None:
-        positions, tokens, label_tokens = (round(value, 1) for value in rates)
-        measured = {
-            "loss": result.loss, "learning_rate": rate, "grad_norm": result.grad_norm, "step_s": round(step_s, 4),
-            "positions_per_s": positions, "tokens_per_s": tokens, "label_tokens_per_s": label_tokens,
-            "memory_gib": round(peak_memory_gib(), 3)}
-        self.run.record("step", step=step, epoch=window.epoch, tokens=sum(window.unit_tokens), label_tokens=window.label_tokens, **measured)
-        self.monitor.write(step, {f"train/{name}": value for name, value in measured.items()})
-        if result.adapter_norms:
-            self._record_norms(step, {"gradient": result.gradient_norms, "adapter": result.adapter_norms})
+def _record_step(run: RunDirectory, monitor: Monitor, step: int, window, result: StepResult, rate: float, step_s: float, rates) -> None:
+    positions, tokens, label_tokens = (round(value, 1) for value in rates)
+    measured = {
+        "loss": result.loss, "learning_rate": rate, "grad_norm": result.grad_norm, "step_s": round(step_s, 4),
+        "positions_per_s": positions, "tokens_per_s": tokens, "label_tokens_per_s": label_tokens,
+        "memory_gib": round(peak_memory_gib(), 3)}
+    run.record("step", step=step, epoch=window.epoch, tokens=sum(window.unit_tokens), label_tokens=window.label_tokens, **measured)
+    monitor.write(step, {f"train/{name}": value for name, value in measured.items()})
+    if result.adapter_norms:
+        _record_norms(run, monitor, step, {"gradient": result.gradient_norms, "adapter": result.adapter_norms})
 
-    def _record_norms(self, step: int, norms: dict[str, dict[str, float]]) -> None:
-        self.run.record("norms", step=step, **norms)
-        for what, by_tensor in norms.items():
-            self.monitor.write(step, {f"{what}_norm/{name}": norm for name, norm in by_tensor.items()})
 
-    def write_adapter(self, step: int, masters: dict[str, torch.Tensor]) -> None:
-        """masters: whole on rank 0, which writes."""
-        if self.ranks.is_first:
-            header = adapter_file.header_of(self.config, self.architecture, self.source, step)
-            adapter_file.write(self.run.adapter, header, masters)
+def _record_norms(run: RunDirectory, monitor: Monitor, step: int, norms: dict[str, dict[str, float]]) -> None:
+    run.record("norms", step=step, **norms)
+    for what, by_tensor in norms.items():
+        monitor.write(step, {f"{what}_norm/{name}": norm for name, norm in by_tensor.items()})
 
-    def save(self, step: int) -> None:
-        """A checkpoint, and the adapter as it is now. Every rank calls it."""
-        started = time.monotonic()
-        masters = checkpoint.save(self.run.checkpoints, self.engine, step, self.source.fingerprint, self.samples.fingerprint(),
-                                  self.config.train.keep_checkpoints)
-        self.write_adapter(step, masters)
-        if self.ranks.is_first:
-            self.run.record("checkpoint", step=step, path=f"checkpoints/step-{step:08d}", save_s=round(time.monotonic() - started, 3))
+
+def _record_saved(run: RunDirectory, saved: Saved) -> None:
+    run.record("checkpoint", step=saved.step, path=str(saved.path.relative_to(run.path)), held_out_loss=saved.held_out_loss,
+               write_s=round(saved.write_s, 3))

@@ -56,15 +56,15 @@ def _main() -> None:
 def train(ranks, config: dict, resume: str | None = None, checkpoints: str | None = None) -> dict:
     """As `bone_ds.train.train`, in a process group that is there already and without a run directory.
 
-    With `checkpoints` it saves there after step 3 and goes on; with `resume`, a checkpoint, it starts from that. At the
-    end the fp32 adapter is written beside the run's would-be directory.
+    With `checkpoints` it saves there after step 3 and goes on, with train.async_save before that is written; with `resume`, a
+    checkpoint, it starts from that. At the end the fp32 adapter is written beside the run's would-be directory.
     """
     import torch
     from safetensors.torch import save_file
 
-    from bone_ds import arch, checkpoint, ds_json
+    from bone_ds import adapter_file, arch, checkpoint, ds_json
     from bone_ds import engine as engines
-    from bone_ds.config import validate
+    from bone_ds.config import dump_yaml, validate
     from bone_ds.data import GlobalOrder, collate_chunks, deal, load_samples
     from bone_ds.evaluate import HeldOut
     from bone_ds.step import learning_rate, optimizer_step
@@ -81,7 +81,13 @@ def train(ranks, config: dict, resume: str | None = None, checkpoints: str | Non
     torch.manual_seed(config.train.seed)
     engine = build_engine(config, architecture, source, ds, device)
     gradients = _recorded(engine)
-    first = checkpoint.load(Path(resume), engine, source.fingerprint, samples.fingerprint()) if resume else 0
+    origin = checkpoint.Origin(adapter_file.header_of(config, architecture, source, 0), samples.fingerprint(), dump_yaml(config))
+    saver = checkpoints and checkpoint.Saver(Path(checkpoints), Path(f"{checkpoints}.safetensors"), engine, origin, keep=2,
+                                             beside=bool(config.train.async_save))
+    first = 0
+    if resume:
+        first = checkpoint.given(Path(resume), origin).step
+        checkpoint.load(Path(resume), engine)
     outcome = {"losses": [], "norms": [], "units": [], "gathered": 0, "evaluations": [held_out.evaluate(engine).loss]}
     for step in range(first, config.train.steps):
         window = order.window(step)
@@ -98,8 +104,10 @@ def train(ranks, config: dict, resume: str | None = None, checkpoints: str | Non
         if step + 1 == 3:
             outcome["evaluations"].append(held_out.evaluate(engine).loss)
             outcome["gathered"] += _gathered(engine, device)
-            if checkpoints:
-                checkpoint.save(Path(checkpoints), engine, step + 1, source.fingerprint, samples.fingerprint(), keep=2)
+            if saver:
+                saver.save(step + 1, outcome["evaluations"][-1])
+    if saver:
+        saver.finish()
     outcome["first_gradients_norm"] = sum(float(gradient.double().square().sum()) for gradient in gradients.values()) ** 0.5
     outcome["gradient_norms"], outcome["adapter_norms"] = result.gradient_norms, result.adapter_norms
     outcome["masters"] = config.output.directory + ".safetensors"

@@ -1,6 +1,7 @@
 """Each way an adapter file can be wrong ends `bone-ds merge` with exit code 2, one or two lines, and no directory."""
 
 import json
+import random
 import shutil
 
 import pytest
@@ -9,7 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_llama import random_adapter, save_tiny
 
+from bone_ds import adapter_file
 from bone_ds.cli import main
+from bone_ds.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +46,10 @@ def refuse(tmp_path, capsys):
 
 
 def rewritten(source, target, header=None, tensors=None):
-    """A copy with its header (or all metadata) and its tensors changed by functions."""
+    """A copy with its header (or all metadata) and its tensors changed by functions, and without a digest, as older files are."""
     with safe_open(source, "pt") as file:
         metadata = json.loads(file.metadata()["bone_ds"])
+        del metadata["sha256"]
         contents = {name: file.get_tensor(name) for name in file.keys()}
     text = header(metadata) if header else None
     if tensors:
@@ -114,6 +118,31 @@ def test_header(whole, tmp_path, refuse, case):
     header, says = HEADERS[case]
     message = refuse(rewritten(whole / "row.safetensors", tmp_path / "adapter.safetensors", header=header))
     assert "adapter.safetensors: " in message and all(part in message for part in says), message
+
+
+def test_every_flipped_bit(whole, tmp_path, capsys):
+    contents, path = (whole / "row.safetensors").read_bytes(), tmp_path / "adapter.safetensors"
+    draw = random.Random(0)
+    for _ in range(200):
+        place, bit = draw.randrange(len(contents)), 1 << draw.randrange(8)
+        path.write_bytes(contents[:place] + bytes([contents[place] ^ bit]) + contents[place + 1:])
+        try:
+            _, tensors = adapter_file.read(path)
+        except CheckpointError as error:
+            assert str(error).startswith(f"{path}: ") and str(error).count("\n") < 2, (place, bit)
+        else:
+            pytest.fail(f"read with bit {bit} of byte {place} flipped")
+
+
+def test_a_flipped_bit_is_refused_by_every_command(whole, tmp_path, refuse):
+    path = tmp_path / "adapter.safetensors"
+    contents = bytearray((whole / "row.safetensors").read_bytes())
+    contents[-1000] ^= 1  # of a weight, which stays finite
+    path.write_bytes(contents)
+    assert "adapter.safetensors: is damaged: its contents are not what its sha256 says" in refuse(path)
+    for command in (["generate", str(whole / "base"), "--adapter", str(path), "--prompt", "a"],
+                    ["export", str(path), "--to", "bone-model", "--out", str(tmp_path / "out")]):
+        assert main(command) == 2 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("case", TENSORS)

@@ -247,6 +247,18 @@ def test_what_the_system_refuses_is_one_line_if_it_names_a_file(monkeypatch, cap
             main(["config"])
 
 
+@pytest.mark.parametrize("arguments, resume, overrides", [
+    ([], False, []), (["--resume"], True, []), (["train.steps=3", "--resume", "--ranks", "2"], True, ["train.steps=3"]),
+    (["--resume", "train.steps=3"], True, ["train.steps=3"]), (["--resume", "lr=1/step-3"], Path("lr=1/step-3"), []),
+    (["--resume=a.b=1", "train.steps=3"], Path("a.b=1"), ["train.steps=3"]),
+    (["--resume", "~/step-3", "train.steps=3", "train.seed=1"], Path.home() / "step-3", ["train.steps=3", "train.seed=1"])])
+def test_resume_takes_a_checkpoint_and_no_override(arguments, resume, overrides):
+    options = cli._parse(["train", "run.yaml", *arguments])
+    assert (options.config, options.resume, options.overrides) == ("run.yaml", resume, overrides)
+    if resume is True:
+        assert cli._parse(["train", "--resume", "run.yaml", *(word for word in arguments if word != "--resume")]).resume is True
+
+
 @pytest.mark.parametrize("arguments", [["trian", "a.yaml"], ["train"], ["merge", "a"], ["config", "--rank"], ["generate"],
                                        ["import", "a.pth", "--base", "b.pth", "--out", "c"], ["export", "a", "--to", "trl", "--out", "b"],
                                        ["init", "llama", *SIZES, "--out", "a"], ["generate", "m", "--dtype", "fp16"],

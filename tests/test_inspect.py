@@ -369,18 +369,16 @@ def test_a_peft_directory_without_a_base_has_no_row_of_it(tmp_path, capsys):
 
 def test_damaged_checkpoint(copied, refused):
     path = copied("run") / "checkpoints/step-00000002"
-    manifest = json.loads((path / "manifest.json").read_text())
+    size = (path / "state.safetensors").stat().st_size
     cut(path / "state.safetensors")
-    refused(path, "state.safetensors", f"{manifest['state_bytes'] - 40} bytes", str(manifest["state_bytes"]))
+    refused(path, "state.safetensors", f"{size - 40} bytes", str(size))
     (path / "state.safetensors").unlink()
     refused(path, "state.safetensors: has no bytes")
     fresh = path.with_name("step-00000003")
-    without(fresh / "state.safetensors", "exp_avg_sq/")
-    size = (fresh / "state.safetensors").stat().st_size
-    (fresh / "manifest.json").write_text(json.dumps(manifest | {"state_bytes": size}))
-    refused(fresh, "exp_avg_sq/", "is missing")
+    (fresh / "manifest.json").write_text((fresh / "manifest.json").read_text().replace('"step": 3', '"step": 2'))
+    refused(fresh, "manifest.json: is damaged")
     (fresh / "manifest.json").unlink()
-    refused(fresh, "manifest.json", "No such file")
+    refused(fresh, "manifest.json: is missing")
 
 
 def test_a_checkpoint_beside_a_damaged_adapter(copied, inspected):

@@ -1,9 +1,12 @@
 """A resumed run is the run that was never interrupted; a checkpoint that doesn't fit is refused."""
 
+import hashlib
 import json
+import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +15,12 @@ import torch
 import yaml
 import zero_runs
 from safetensors.torch import load_file, save_file
-from torch import nn
 from zero_runs import MOVES, PAUSE, STAGES, WORLD_SIZES
 
 from bone_ds import adapter_file, checkpoint
+from bone_ds.checkpoint import Damaged, files
 from bone_ds.config import load_config
+from bone_ds.engine.state import PARTS
 from bone_ds.errors import CheckpointError
 
 TIMEOUT_S = 600
@@ -58,127 +62,162 @@ def test_a_checkpoint_holds_the_adapter_and_its_moments_and_no_other_weight(runs
     for dtype in zero_runs.DTYPES:
         for stage in STAGES:
             path = zero_runs.checkpoints_of(directory, f"row-{stage}-{dtype}", 2) / PAUSE
-            adapter = load_file(runs[f"row-{stage}-{dtype}", 2]["masters"])
+            shapes = {name: tensor.shape for name, tensor in load_file(runs[f"row-{stage}-{dtype}", 2]["masters"]).items()}
+            header, masters = adapter_file.read(path / "adapter.safetensors")
             state = load_file(path / "state.safetensors")
-            assert {file.name for file in path.iterdir()} == {"manifest.json", "state.safetensors"}
-            assert state.keys() == {f"{part}/{name}" for part in ("master", "exp_avg", "exp_avg_sq") for name in adapter}
-            assert all(tensor.shape == adapter[key.partition("/")[2]].shape for key, tensor in state.items())
-            assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+            assert {file.name for file in path.iterdir()} == {"manifest.json", "config.yaml", "adapter.safetensors", "state.safetensors"}
+            assert header.step == 3 and {name: tensor.shape for name, tensor in masters.items()} == shapes
+            assert {name: tensor.shape for name, tensor in state.items()} == {
+                f"{part}/{name}": shape for part in ("exp_avg", "exp_avg_sq") for name, shape in shapes.items()}
+            assert {tensor.dtype for tensor in (*masters.values(), *state.values())} == {torch.float32}
+            manifest = json.loads((path / "manifest.json").read_text())
+            assert manifest["held_out_loss"] == runs[f"row-{stage}-{dtype}", 2]["evaluations"][1]
+            beside = path.parent.with_name(f"{path.parent.name}.safetensors")
+            assert beside.read_bytes() == (path / "adapter.safetensors").read_bytes()
 
 
 @pytest.fixture
 def saved(runs, directory, tmp_path):
-    """A copy of a checkpoint, and what of the engine is looked at before anything is restored."""
+    """A copy of a checkpoint, and what the run that goes on from it is of."""
     path = shutil.copytree(zero_runs.checkpoints_of(directory, "row-2-fp32", 2) / PAUSE, tmp_path / PAUSE)
-    adapter = load_file(runs["row-2-fp32", 2]["masters"])
-    engine = SimpleNamespace(trainable={name: nn.Parameter(tensor) for name, tensor in adapter.items()}, restore=nothing_may_be_restored)
+    header, masters = adapter_file.read(path / "adapter.safetensors")
     manifest = json.loads((path / "manifest.json").read_text())
-    return SimpleNamespace(path=path, engine=engine, base=manifest["base_fingerprint"], data=manifest["data_fingerprint"])
+    origin = checkpoint.Origin(header, manifest["data_fingerprint"], config="")
+    return SimpleNamespace(path=path, origin=origin, shapes={name: tuple(tensor.shape) for name, tensor in masters.items()})
 
 
-def nothing_may_be_restored(*_):
-    pytest.fail("the checkpoint was taken")
-
-
-def refusal(saved, base=None, data=None) -> str:
+def refusal(saved, kind=CheckpointError) -> str:
+    """What keeps the checkpoint from being restored."""
     with pytest.raises(CheckpointError) as error:
-        checkpoint.load(saved.path, saved.engine, base or saved.base, data or saved.data)
+        checkpoint.given(saved.path, saved.origin)
+        files.read(saved.path, saved.shapes)
     message = str(error.value)
-    assert message.count("\n") <= 1 and str(saved.path) in message
+    assert type(error.value) is kind and "\n" not in message and str(saved.path) in message
     return message
 
 
 def edit_manifest(saved, **changes):
+    """Without a digest that fits."""
     manifest = json.loads((saved.path / "manifest.json").read_text()) | changes
     (saved.path / "manifest.json").write_text(json.dumps({key: value for key, value in manifest.items() if value is not None}))
+
+
+def seal(saved, **changes):
+    """As a writer of another kind would have written it: all digests fit."""
+    sizes = {file.name: {"size_bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+             for file in saved.path.iterdir() if file.name != "manifest.json"}
+    edit_manifest(saved, **{"files": sizes, "held_out_loss": 1.0} | changes)
+    fields = json.loads((saved.path / "manifest.json").read_text())
+    del fields["sha256"]
+    edit_manifest(saved, sha256=hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest())
 
 
 def edit_state(saved, edit):
     state = load_file(saved.path / "state.safetensors")
     edit(state)
     save_file(state, saved.path / "state.safetensors")
-    edit_manifest(saved, state_bytes=(saved.path / "state.safetensors").stat().st_size)
+    seal(saved)
+
+
+def test_what_fits_is_read(saved):
+    assert checkpoint.given(saved.path, saved.origin).step == 3
+    manifest, parts = files.read(saved.path, saved.shapes)
+    assert manifest.adam_step == 3 and {name: len(part) for name, part in parts.items()} == dict.fromkeys(PARTS, len(saved.shapes))
+    seal(saved)
+    assert files.read(saved.path, saved.shapes)[0].held_out_loss == 1.0
 
 
 def test_other_data_is_refused(saved):
-    assert "other training samples" in refusal(saved, data="0123456789abcdef")
+    saved.origin = replace(saved.origin, data_fingerprint="0123456789abcdef")
+    assert "other training samples" in refusal(saved)
 
 
 def test_another_base_is_refused(saved):
-    assert "another base model" in refusal(saved, base="0123456789abcdef")
+    saved.origin = replace(saved.origin, header=replace(saved.origin.header, base_fingerprint="0123456789abcdef"))
+    assert "another base model" in refusal(saved)
 
 
-@pytest.mark.parametrize("kept", [0, 100, 5000])
-def test_a_truncated_state_is_refused(saved, kept):
-    state = saved.path / "state.safetensors"
-    state.write_bytes(state.read_bytes()[:kept])
-    assert f"has {kept} bytes" in refusal(saved)
+@pytest.mark.parametrize("name", ["adapter.safetensors", "state.safetensors", "config.yaml", "manifest.json"])
+def test_every_flipped_bit_is_found(saved, name):
+    whole = (saved.path / name).read_bytes()
+    draw = random.Random(0)
+    for _ in range(50):
+        place, bit = draw.randrange(len(whole)), 1 << draw.randrange(8)
+        (saved.path / name).write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1:])
+        try:
+            assert name in refusal(saved, Damaged), (place, bit)
+        except pytest.fail.Exception:
+            # Two texts of one number mean the same.
+            assert name == "manifest.json" and json.loads((saved.path / name).read_bytes()) == json.loads(whole), (place, bit)
 
 
-def test_a_state_that_is_no_safetensors_file_is_refused(saved):
-    state = saved.path / "state.safetensors"
-    state.write_bytes(b"\xff" * state.stat().st_size)
-    assert "is damaged" in refusal(saved)
+@pytest.mark.parametrize("name", ["adapter.safetensors", "state.safetensors", "config.yaml"])
+@pytest.mark.parametrize("kept", [0, 100])
+def test_a_file_that_was_cut_is_found(saved, name, kept):
+    (saved.path / name).write_bytes((saved.path / name).read_bytes()[:kept])
+    assert f"{name}: has {kept} bytes, its manifest says" in refusal(saved, Damaged)
 
 
-def test_a_missing_state_is_refused(saved):
-    (saved.path / "state.safetensors").unlink()
-    assert "has no bytes" in refusal(saved)
+@pytest.mark.parametrize("name", ["adapter.safetensors", "state.safetensors", "config.yaml", "manifest.json"])
+def test_a_file_that_is_missing_is_found(saved, name):
+    (saved.path / name).unlink()
+    assert f"{name}: {'is missing' if name == 'manifest.json' else 'has no bytes'}" in refusal(saved, Damaged)
 
 
-@pytest.mark.parametrize("key", ["step", "adam_step", "base_fingerprint", "data_fingerprint", "world_size", "state_bytes"])
-def test_a_manifest_without_one_of_its_keys_is_refused(saved, key):
-    edit_manifest(saved, **{key: None})
-    message = refusal(saved)
-    assert "manifest.json: is damaged" in message and key in message
+def test_files_of_another_checkpoint_are_found(saved, directory):
+    other = zero_runs.checkpoints_of(directory, "row-3-fp32", 2) / PAUSE
+    shutil.copy(other / "state.safetensors", saved.path)
+    assert "state.safetensors: is damaged: its content is not what its manifest's sha256 says" in refusal(saved, Damaged)
+    saved.path = saved.path.rename(saved.path.with_name("step-00000007"))
+    assert "manifest.json: is of step 3" in refusal(saved, Damaged)
+
+
+def test_a_manifest_that_was_changed_is_found(saved):
+    edit_manifest(saved, step=2)
+    assert "manifest.json: is damaged: its content is not what its sha256 says" in refusal(saved, Damaged)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", "\udcff"])
-def test_a_manifest_that_is_no_json_object_is_refused(saved, text):
+def test_a_manifest_that_is_no_json_object_is_found(saved, text):
     (saved.path / "manifest.json").write_text(text, errors="surrogateescape")
-    assert "manifest.json: is damaged" in refusal(saved)
+    assert "manifest.json: is damaged" in refusal(saved, Damaged)
 
 
-@pytest.mark.parametrize(("key", "value"), [("step", "3"), ("step", -1), ("adam_step", 2.5), ("state_bytes", True)])
-def test_a_manifest_with_a_value_of_another_kind_is_refused(saved, key, value):
-    edit_manifest(saved, **{key: value})
-    message = refusal(saved)
+@pytest.mark.parametrize(("key", "value"), [
+    ("step", None), ("step", "3"), ("step", -1), ("adam_step", 2.5), ("world_size", True), ("base_fingerprint", None), ("files", []),
+    ("files", {"../adapter.safetensors": {"size_bytes": 1, "sha256": ""}})])
+def test_a_manifest_with_a_value_of_another_kind_is_found(saved, key, value):
+    seal(saved, **{key: value})
+    message = refusal(saved, Damaged)
     assert "manifest.json: is damaged" in message and key in message
 
 
-@pytest.mark.parametrize("version", [1, 3, "1", None])
+@pytest.mark.parametrize("version", [1, 2, 4])
 def test_another_format_is_refused(saved, version):
-    edit_manifest(saved, format_version=version)
-    assert f"format_version {version!r} is not 2" in refusal(saved)
+    if version > checkpoint.FORMAT_VERSION:
+        seal(saved, format_version=version)
+    else:
+        edit_manifest(saved, format_version=version, sha256=None)
+    assert f"format_version {version} is not 3" in refusal(saved)
 
 
 def test_another_adapter_is_refused(saved):
-    name = next(iter(saved.engine.trainable))
-    saved.engine.trainable[name] = nn.Parameter(torch.zeros(2, 18, 18))
+    name = next(iter(saved.shapes))
+    saved.shapes[name] = (2, 18, 18)
     assert f"{name}: shape (7, 9, 9) is not the adapter's (2, 18, 18)" in refusal(saved)
-    del saved.engine.trainable[name]
-    assert f"{name}: is missing from the run's adapter" in refusal(saved)
-    saved.engine.trainable["model.layers.7.extra.bone"] = nn.Parameter(torch.zeros(1, 9, 9))
-    assert "is missing from" in refusal(saved)
+    del saved.shapes[name]
+    assert f"{name}: is missing from the adapter that is trained" in refusal(saved)
+    saved.shapes["model.layers.0.extra.bone"] = (1, 9, 9)
+    assert "model.layers.0.extra.bone: is missing from the checkpoint" in refusal(saved)
 
 
-@pytest.mark.parametrize("part", ["master", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("part", ["exp_avg", "exp_avg_sq"])
 def test_a_state_with_a_tensor_too_few_or_not_finite_is_refused(saved, part):
-    name = f"{part}/{next(iter(saved.engine.trainable))}"
+    name = f"{part}/{next(iter(saved.shapes))}"
     edit_state(saved, lambda state: state[name].view(-1)[5:6].fill_(float("nan")))
     assert f"{name}: holds NaN or infinite values" in refusal(saved)
     edit_state(saved, lambda state: state.pop(name))
     assert f"{name}: is missing from the checkpoint" in refusal(saved)
-
-
-def test_a_half_written_checkpoint_is_never_taken_for_the_latest(saved):
-    beside = saved.path.parent
-    shutil.copytree(saved.path, beside / "step-00000009.partial")
-    (beside / "step-00000008").mkdir()
-    assert checkpoint.latest(beside) == saved.path
-    shutil.rmtree(saved.path)
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        checkpoint.latest(beside)
 
 
 # The command line, under each launcher.

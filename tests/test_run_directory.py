@@ -1,9 +1,13 @@
-"""Which changes a resumed run accepts."""
+"""Which directories a run accepts, which changes a resumed one, and what it writes there."""
+
+import errno
+import os
+from itertools import count
 
 import pytest
 
 from bone_ds.config import dump_yaml, validate
-from bone_ds.errors import ConfigError
+from bone_ds.errors import CheckpointError, ConfigError
 from bone_ds.run_directory import RunDirectory
 
 
@@ -44,3 +48,45 @@ def test_a_budget_of_parameters_stands_for_the_rank_that_it_chose(run):
         run.check(config_of(run.path, adapter={"parameters": 5}), resume=True)
     with pytest.raises(ConfigError, match="--resume: adapter.rank: 16 differs"):
         run.check(config_of(run.path, adapter={"parameters": 33_030_144, "rank": 16}), resume=True)
+
+
+def test_what_a_start_leaves_that_was_killed_before_its_config_is_no_run(tmp_path):
+    run, config = RunDirectory(tmp_path / "run"), config_of(tmp_path / "run")
+    with run.locked(resume=False):
+        run.checkpoints.mkdir()
+        (run.path / "config.yaml.partial").write_text("mod")
+        run.check(config, resume=False)
+    for other in (run.checkpoints / "step-00000001.partial", run.path / "notes.txt", run.config):
+        other.touch()
+        with pytest.raises(ConfigError, match="is not empty"):
+            run.check(config, resume=False)
+        other.unlink()
+    run.create(config, {})
+    for begin in (lambda: run.check(config, resume=False), lambda: run.locked(resume=False).__enter__()):
+        with pytest.raises(ConfigError, match="is not empty"):
+            begin()
+    run.check(config, resume=True)
+    with run.locked(resume=True):
+        pass
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_full_disk_is_one_line_and_leaves_the_config(run, monkeypatch, call):
+    calls = count(1)
+
+    def full(*_):
+        if next(calls) >= call:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = run.config.read_text(encoding="utf-8")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="can't be written: No space left on device"):
+        run.create(config_of(run.path, train={"seed": 1}), {})
+    assert (run.config.read_text(encoding="utf-8") == before) == (call < 3) and not any(run.path.glob("*.partial"))
+
+
+def test_a_torn_line_of_events_stays_on_a_line_of_its_own(run):
+    run.events.write_text('{"event": "st', encoding="utf-8")
+    run.create(config_of(run.path), {})
+    run.record("end", step=1)
+    assert run.events.read_text(encoding="utf-8").splitlines()[0] == '{"event": "st'

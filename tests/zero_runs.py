@@ -99,7 +99,7 @@ def _cases(directory: Path, world_size: int) -> dict[str, dict]:
     for stage in STAGES:
         for dtype in DTYPES:
             name = f"row-{stage}-{dtype}"
-            config = tree(name, stage, model={"dtype": dtype})
+            config = tree(name, stage, model={"dtype": dtype}, train={"async_save": dtype == "bf16"})
             checkpoints = checkpoints_of(directory, name, world_size)
             cases[name] = {"config": config, "checkpoints": str(checkpoints)}
             cases[f"{name}-resumed"] = {"config": tree(f"{name}-resumed", stage, model={"dtype": dtype}),

@@ -15,9 +15,9 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 # DeepSpeed warns at import, once a process, that this machine has no GPU.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
@@ -32,10 +32,12 @@ from torch import Tensor, nn
 from bone_ds.arch import Batch, State
 from bone_ds.engine import norms, placement, state
 from bone_ds.engine.monitor import Monitor
-from bone_ds.errors import ConfigError
+from bone_ds.errors import BoneError, ConfigError
 from bone_ds.launch import Ranks
 
-__all__ = ["Engine", "Monitor", "agree", "barrier", "device", "distributed", "placement", "told_by_first", "total"]
+__all__ = ["Engine", "Monitor", "agree", "barrier", "by_first", "device", "distributed", "placement", "told_by_first", "total"]
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -96,6 +98,20 @@ def told_by_first(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def by_first(action: Callable[[], T]) -> T:
+    """What `action` returns on rank 0, on every rank; what it raises that a user can mend is raised on every rank too."""
+    outcome: Any = None
+    if dist.get_rank() == 0:
+        try:
+            outcome = action()
+        except (BoneError, OSError) as error:
+            outcome = error
+    outcome = told_by_first(outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 class Engine:
@@ -171,6 +187,14 @@ class Engine:
 
     def adam_step(self) -> int:
         return state.adam_step(self.deepspeed)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the adapter's tensors by name, whole."""
+        return {name: state.whole_shape(parameter) for name, parameter in self.trainable.items()}
+
+    def spread(self, parts: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """The whole parts that rank 0 brings, on every rank; the others bring nothing."""
+        return state.spread(self.trainable, parts, self.deepspeed.device)
 
     def restore(self, parts: dict[str, dict[str, Tensor]], adam_step: int) -> None:
         """Puts back what `gather` and `adam_step` gave, at any stage and world size; every rank brings all tensors."""

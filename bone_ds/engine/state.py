@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from bone_ds.engine.placement import own_share
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-PARTS = ("master", *MOMENTS)
+MASTER = "master"
+PARTS = (MASTER, *MOMENTS)
 
 
 def gather(engine, trainable: dict[str, nn.Parameter], part: str) -> dict[str, Tensor]:
@@ -35,6 +36,23 @@ def gather(engine, trainable: dict[str, nn.Parameter], part: str) -> dict[str, T
         if dist.get_rank() == 0:
             gathered[name] = tensor.detach().to("cpu", torch.float32, copy=True)
     return gathered
+
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def spread(trainable: dict[str, nn.Parameter], parts: dict[str, dict[str, Tensor]], device: torch.device) -> dict[str, dict[str, Tensor]]:
+    """Rank 0's parts, whole fp32 CPU tensors, on every rank; sent tensor by tensor over `device`, where the ranks talk."""
+    everywhere: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
+    for part in PARTS:
+        for name, parameter in trainable.items():
+            sent = torch.empty(whole_shape(parameter), dtype=torch.float32, device=device)
+            if dist.get_rank() == 0:
+                sent.copy_(parts[part][name])
+            dist.broadcast(sent, 0)
+            everywhere[part][name] = sent.to("cpu")
+    return everywhere
 
 
 @torch.no_grad()
@@ -104,8 +122,8 @@ def _create_moments(engine) -> None:
 def _get(engine, whole, parameter: nn.Parameter, part: str) -> Tensor:
     if whole is not None:
         master = whole[parameter]
-        return master if part == "master" else engine.basic_optimizer.state[master][part]
-    return safe_get_full_fp32_param(parameter) if part == "master" else safe_get_full_optimizer_state(parameter, part)
+        return master if part == MASTER else engine.basic_optimizer.state[master][part]
+    return safe_get_full_fp32_param(parameter) if part == MASTER else safe_get_full_optimizer_state(parameter, part)
 
 
 def _set(engine, whole, parameter: nn.Parameter, part: str, value: Tensor) -> None:
@@ -113,11 +131,11 @@ def _set(engine, whole, parameter: nn.Parameter, part: str, value: Tensor) -> No
         _get(engine, whole, parameter, part).copy_(value)
     elif hasattr(parameter, "ds_id"):
         shard = _shard(parameter, value)
-        if part == "master":
+        if part == MASTER:
             safe_set_local_fp32_param(parameter, shard)
         else:
             safe_set_local_optimizer_state(parameter, shard, part)
-    elif part == "master":
+    elif part == MASTER:
         safe_set_full_fp32_param(parameter, value)
     else:
         safe_set_full_optimizer_state(parameter, value, part)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bone_ds import adapter_file, arch, checkpoint
+from bone_ds import arch, checkpoint
 from bone_ds.config import RunConfig, load_config
 from bone_ds.errors import BoneError
 from bone_ds.inspection import adapters, events, models
@@ -17,18 +17,13 @@ _FILES = ("config.yaml", "deepspeed.json", "events.jsonl", "log.txt")
 
 def inspect_checkpoint(path: Path) -> Inspection:
     """Raises CheckpointError where a file is missing, cut off, or lacks a tensor."""
-    manifest, tensors = checkpoint.outline(path)
+    manifest, header, tensors = checkpoint.outline(path)
     run = RunDirectory(path.absolute().parent.parent)
-    facts = {"size_bytes": models.size_bytes(path), "step": manifest.step, "world_size": manifest.world_size}
     is_of_run = run.checkpoints == path.absolute().parent  # it may have been copied elsewhere
-    adapter = _noted([], adapter_file.outline, run.adapter) if is_of_run else None  # what ails it is not this checkpoint's
-    if adapter:
-        header, _ = adapter
-        facts |= adapters.form_of(header) | adapters.sizes(arch.load(header.architecture), tensors) | {"base": header.base}
-    else:
-        facts |= {"parameters": sum(tensor.numel() for tensor in tensors.values()), "tensors": len(tensors)}
-    return Inspection(str(path), "training checkpoint: adapter and optimizer state", facts | {
-        "base_fingerprint": manifest.base_fingerprint, "data_fingerprint": manifest.data_fingerprint,
+    return Inspection(str(path), "training checkpoint: adapter and optimizer state", {
+        "size_bytes": models.size_bytes(path), "step": manifest.step, "held_out_loss": manifest.held_out_loss,
+        "world_size": manifest.world_size, **adapters.form_of(header), **adapters.sizes(arch.load(header.architecture), tensors),
+        "base": header.base, "base_fingerprint": manifest.base_fingerprint, "data_fingerprint": manifest.data_fingerprint,
         "trained_on": events.trained_on(run, manifest.base_fingerprint) if is_of_run else None})
 
 
@@ -39,7 +34,7 @@ def inspect_run(path: Path) -> Inspection:
     config = _noted(problems, load_config, path / "config.yaml") if (path / "config.yaml").exists() else None
     found = _noted(problems, events.read, run) if run.events.exists() else None
     last = found or Events({}, [])
-    kept = [one for path in _checkpoints(run) if (one := _checkpoint(problems, path))]
+    kept = [one for path in checkpoint.existing(run.checkpoints) if (one := _checkpoint(problems, path))]
     _check_recorded(problems, run, last)
     adapter = _noted(problems, adapters.inspect_adapter, run.adapter) if run.adapter.exists() else None
     if adapter and config:
@@ -52,7 +47,7 @@ def inspect_run(path: Path) -> Inspection:
         "loss": last.last.get("step", {}).get("loss"), "held_out_loss": last.last.get("eval", {}).get("loss"),
         "adapter": adapter and {"file": run.adapter.name, "step": adapter.facts["step"]},
         "checkpoints": kept, "torn_lines_of_events": last.torn_lines,
-        "left_over": sorted(file.name for file in (*path.glob("*.partial"), *run.checkpoints.glob("*.partial")))},
+        "left_over": sorted(file.name for pattern in ("*.partial", "checkpoints/*.*") for file in path.glob(pattern))},
         tuple(problems))
 
 
@@ -75,14 +70,10 @@ def _configured(config: RunConfig) -> dict[str, object]:
             "targets": list(adapter.targets or ()) or None, "layers": list(adapter.layers or ()) or "all"}
 
 
-def _checkpoints(run: RunDirectory) -> list[Path]:
-    """Oldest first, also those that are not whole; what has another ending, such as one that was never finished, is left over."""
-    return sorted(path for path in run.checkpoints.glob("step-*") if not path.suffix)
-
-
 def _checkpoint(problems: list[str], path: Path) -> dict[str, object] | None:
     found = _noted(problems, checkpoint.outline, path)
-    return found and {"file": path.name, "step": found[0].step, "size_bytes": models.size_bytes(path)}
+    return found and {"file": path.name, "step": found[0].step, "size_bytes": models.size_bytes(path),
+                      "held_out_loss": found[0].held_out_loss}
 
 
 def _check_recorded(problems: list[str], run: RunDirectory, found: Events) -> None:
@@ -91,7 +82,7 @@ def _check_recorded(problems: list[str], run: RunDirectory, found: Events) -> No
     if recorded is None:
         return
     path = run.path / str(recorded.get("path"))
-    if path not in _checkpoints(run):
+    if path not in checkpoint.existing(run.checkpoints):
         problems.append(f"{path}: is missing; events.jsonl says it was written")
     if not run.adapter.exists():
         problems.append(f"{run.adapter}: is missing; it is written with every checkpoint")
