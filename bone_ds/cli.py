@@ -12,14 +12,19 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bone_ds import __version__, cli_generate, launch
-from bone_ds.errors import USER_ERROR, BoneError, CheckpointError, ConfigError
+from bone_ds import __version__, cli_generate, launch, stopping
+from bone_ds.errors import USER_ERROR, BoneError, CheckpointError, ConfigError, LostRankError
 
 if TYPE_CHECKING:
     from bone_ds.config import RunConfig
 
+BROKEN = 1
 UNREAD = 128 + 13
-STOPPED = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+INTERRUPTED = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+LET_SPEAK_S = 8.0
+"""What a rank waits for the one that says the same for all; launchers end the others as soon as one is gone."""
+LAST_WORD_S = 10.0
+"""What a rank waits whose peer is gone: its launcher knows which, says so, and ends this one."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,10 +46,14 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         _report(ConfigError(f"{error.filename}: {error.strerror}"))
         return USER_ERROR
-    except RuntimeError as error:
-        if launch.current() and "by peer" in str(error):
-            time.sleep(5)  # the rank that is gone has said why, and the launcher ends this one
-        raise
+    except LostRankError as error:
+        if not error.hangs:
+            time.sleep(LAST_WORD_S)
+        if error.speaks:
+            print(f"bone-ds: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(LET_SPEAK_S)
+        return BROKEN
     except KeyboardInterrupt:
         return 130
 
@@ -64,7 +73,7 @@ def _report(error: BoneError) -> None:
     """Once for all ranks: the launcher ends the others as soon as rank 0 is gone, unless it is theirs alone."""
     ranks = launch.current()
     if ranks and not ranks.is_first:
-        time.sleep(5)
+        time.sleep(LET_SPEAK_S)
     print(f"bone-ds: {error}", file=sys.stderr, flush=True)
 
 
@@ -93,13 +102,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     train = commands.add_parser("train", help="fine-tune a model as a config says",
-                                description="Starts DeepSpeed's launcher on this machine, or trains where a launcher started it.")
+                                description="Starts ranks on this machine, or trains where a launcher started it.")
     train.add_argument("config", help="YAML file; `bone-ds config` shows every field")
     train.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="replaces a field of the file")
     train.add_argument("--ranks", type=int, help="local processes to start (default: all GPUs, or 1)")
     train.add_argument("--resume", nargs="?", const=True, default=False, type=lambda path: Path(path).expanduser(), metavar="PATH",
                        help="continue the run in output.directory from its last whole checkpoint; or from PATH, a checkpoints/step-N of "
                             "this run, or of another like it for a new directory")
+    train.add_argument("--max-restarts", type=int, default=0, metavar="N",
+                       help="start a run that breaks anew from its last checkpoint, so many times (default 0)")
     train.add_argument("--force", action="store_true", help="start even what the plan says will not fit into memory")
     train.set_defaults(run=_train)
 
@@ -201,14 +212,16 @@ def _add_base(command: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace, given: list[str]) -> int:
-    from bone_ds import ds_json, monitoring
+    from bone_ds import ds_json, monitoring, restarts
     from bone_ds.config import load_config
     from bone_ds.run_directory import RunDirectory
 
+    if options.max_restarts < 0:
+        raise ConfigError(f"--max-restarts: {options.max_restarts} is less than none, give 0 or more")
     config = load_config(options.config, options.overrides)
-    # What is wrong is said before the launcher and its imports are paid for.
     ranks = launch.current()
     run = RunDirectory.planned(config)
+    # What is wrong is said before ranks and their imports are paid for.
     try:
         if ranks is None or ranks.is_first:  # other hosts may have no such directory
             run.check(config, options.resume)
@@ -219,19 +232,22 @@ def _train(options: argparse.Namespace, given: list[str]) -> int:
         run.check_unlocked()
         world_size = options.ranks if options.ranks is not None else max(1, launch.count_gpus())
         monitoring.check_installed(ds_json.resolve(config, max(1, world_size)))
-        code = launch.start(given, world_size)
+        code = restarts.start(given, world_size, run, options.max_restarts) if options.max_restarts else launch.start(given, world_size)
         if code == launch.KILLED:
-            print("bone-ds: a rank was killed by signal 9, as the system does when memory runs out\n"
-                  "Lower data.max_length or train.micro_batch_size, or set train.activation_checkpointing: layer", file=sys.stderr)
-        if code in STOPPED and run.adapter.exists():  # written with every checkpoint
+            print("SIGKILL is what the system sends when memory runs out: lower data.max_length or train.micro_batch_size, or set "
+                  "train.activation_checkpointing: layer", file=sys.stderr)
+        if code in INTERRUPTED and run.adapter.exists():  # written with every checkpoint
             print(f"bone-ds: stopped; with --resume the run in {run.path} goes on from its last checkpoint", file=sys.stderr)
         return code
+    if options.max_restarts:
+        raise ConfigError(f"--max-restarts: {options.max_restarts} is for `bone-ds train` without another launcher; torchrun has its own")
     if options.ranks not in (None, ranks.world_size):
         raise ConfigError(f"--ranks: {options.ranks}, but the launcher started {ranks.world_size}; leave it out under a launcher")
-    from bone_ds.train import train
+    with stopping.listening(speaks=ranks.is_first) as stop:
+        from bone_ds.train import train
 
-    train(config, ranks, options.resume, options.force)
-    return 0
+        result = train(config, ranks, options.resume, options.force, stop)
+    return stopping.STOPPED if result.stopped else 0
 
 
 def _check_paths(config: RunConfig) -> None:

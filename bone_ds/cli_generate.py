@@ -77,8 +77,8 @@ def _on_ranks(options: argparse.Namespace, prompts: list[str], given: list[str])
     with tempfile.TemporaryDirectory(prefix="bone-ds-") as directory:
         code = launch.start([*given, "--share", directory], options.ranks)
         if code == launch.KILLED:
-            print("bone-ds: a rank was killed by signal 9, as the system does when memory runs out\n"
-                  "Every rank holds the whole model: give fewer --ranks, or a smaller --batch-size", file=sys.stderr)
+            print("SIGKILL is what the system sends when memory runs out: every rank holds the whole model; give fewer --ranks, or a "
+                  "smaller --batch-size", file=sys.stderr)
         elif told := prompt_shares.error(Path(directory)):
             raise BoneError(told)
         elif code == 0:

@@ -204,6 +204,13 @@ class TrainConfig(Section):
     l2wrap: float = Field(
         0.0, ge=0, description="Pull on the largest logit of each loss-bearing position, added to its gradient (RWKV trains with 1e-4).")
     seed: int = Field(0, ge=0, lt=2**63, description="Order of the data, and LoRA's first matrix.")
+    on_nan: Literal["stop", "skip"] = Field(
+        "stop", description="A step whose loss or gradient is NaN or infinite changes no weight; stop ends the run there, skip passes over "
+                            "its samples. Both write down which these are.")
+    max_skipped: int | None = Field(None, ge=1, description="on_nan skip: end the run where more steps in a row are so; default 10.")
+    collective_timeout_s: float = Field(
+        600, gt=0, description="How long ranks wait for each other in a step, a held-out loss or a checkpoint before they end and name the "
+                               "one that does not answer.")
     eval_every: int = Field(
         50, ge=0, description="Steps between held-out losses (also before the first and after the last step); 0 is never.")
     log_norms_every: int = Field(
@@ -307,6 +314,8 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
         yield f"train.final_lr_ratio: {train.final_lr_ratio} has no effect with train.schedule: constant; remove it"
     if train.schedule == "exponential" and not train.final_lr_ratio:
         yield "train.final_lr_ratio: 0.0 is out of reach of train.schedule: exponential; give what is left at the end, for example 0.1"
+    if train.max_skipped is not None and train.on_nan != "skip":
+        yield f"train.max_skipped: {train.max_skipped} is for train.on_nan: skip, this is {train.on_nan!r}; remove one"
     if train.cycles is not None and train.schedule != "cosine_restarts":
         yield f"train.cycles: {train.cycles} is for train.schedule: cosine_restarts, this is {train.schedule!r}; remove one"
 

@@ -22,3 +22,16 @@ class CheckpointError(BoneError):
 
 class DataError(BoneError):
     """A data file or a row of it can't be trained on."""
+
+
+class MemoryLimitError(BoneError):
+    """The run needs more memory than there is."""
+
+
+class LostRankError(Exception):
+    """Another rank is gone or hangs: nothing in the config is wrong. The command line prints it without a traceback and exits with 1."""
+
+    def __init__(self, message: str, speaks: bool, hangs: bool):
+        """speaks: whether this rank is the one to say it; the others know the same. hangs: no launcher knows it yet."""
+        super().__init__(message)
+        self.speaks, self.hangs = speaks, hangs

@@ -1,32 +1,30 @@
-"""The ranks: who this process is, as the launcher's variables say, and how the launcher is started.
+"""The ranks: who this process is, as the launcher's variables say, and how ranks of this machine are started and watched.
 
 The one place that reads the environment.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import json
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from bone_ds.errors import ConfigError
+from bone_ds.stopping import STOP_SIGNALS, STOPPED
 
-KILLED = 128 + 9
+KILLED = 128 + signal.SIGKILL
 """What `start` returns where a rank was killed, as the system does when memory runs out."""
-
-# DeepSpeed's launcher, without its warning at import that this machine has no GPU.
-_QUIET_LAUNCHER = """
-import logging, runpy
-logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
-runpy.run_module("deepspeed.launcher.launch", run_name="__main__", alter_sys=True)
-"""
+GRACE_S = 5.0
+"""What the other ranks have to end once one has failed and they have been sent SIGTERM: one may be writing a file."""
+_POLL_S = 0.05
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Ranks:
 
 
 def current(environ: Mapping[str, str] = os.environ) -> Ranks | None:
-    """This process's place under `deepspeed` or `torchrun`, or None where no launcher started it."""
+    """This process's place under `bone-ds train`, `deepspeed` or `torchrun`, or None where no launcher started it."""
     if not all(name in environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
         return None
     # torchrun and DeepSpeed's launcher name it differently.
@@ -58,25 +56,24 @@ def count_gpus() -> int:
 
 
 def start(arguments: list[str], ranks: int) -> int:
-    """Runs `python -m bone_ds ARGUMENTS` on so many local ranks under DeepSpeed's launcher; returns its exit code.
+    """Runs `python -m bone_ds ARGUMENTS` on so many local ranks and returns when all have ended; a rank that was killed is named.
 
-    The ranks end with this process: SIGINT, SIGTERM and SIGHUP are passed on, and nothing is left behind at return.
+    Returns 0, the exit code of the rank that failed first, 128 + the signal that killed it, or 128 + the one that this process was
+    sent, unless the ranks have saved then and say STOPPED. SIGTERM and SIGUSR1 are passed on to every rank once; at a second one, and at
+    SIGINT and SIGHUP, all ranks end at once. When a rank has failed, the others have GRACE_S to end. No rank outlives this process,
+    however that ends.
     """
     if ranks < 1:
         raise ConfigError(f"--ranks: {ranks} is no number of ranks, give 1 or more")
-    return _run_to_its_end(_command(arguments, _devices(ranks)))
-
-
-def _command(arguments: list[str], devices: list[str]) -> list[str]:
-    """DeepSpeed's launcher of one host: what `deepspeed` itself starts here after it has looked for other hosts."""
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
-    return [
-        sys.executable, "-c", _QUIET_LAUNCHER, f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={_free_port()}",
-        "--no_local_rank", "--log_level=critical", "--module", "bone_ds", *arguments]
+    environ = os.environ | {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+        "CUDA_VISIBLE_DEVICES": ",".join(_devices(ranks))}
+    command = [sys.executable, "-u", "-m", "bone_ds", *arguments]
+    return _run_to_their_end(command, [environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)])
 
 
 def _devices(ranks: int, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """The GPU of each rank as CUDA_VISIBLE_DEVICES numbers them; the launcher makes it the ranks' own."""
+    """The GPU of each rank as CUDA_VISIBLE_DEVICES numbers them; every rank sees them all and takes the one of its local rank."""
     if "CUDA_VISIBLE_DEVICES" not in environ:
         gpus = count_gpus()
         if 0 < gpus < ranks:
@@ -90,30 +87,84 @@ def _devices(ranks: int, environ: Mapping[str, str] = os.environ) -> list[str]:
     return visible[:ranks]
 
 
-def _run_to_its_end(command: list[str]) -> int:
-    """The command's exit code, or 128 + the signal that ended this process, the command or one of its ranks."""
+def _run_to_their_end(command: list[str], environments: list[dict[str, str]]) -> int:
+    """The same command once for each environment, which is a rank's."""
+    processes: list[subprocess.Popen] = []
+    with _received() as received:
+        try:
+            for environ in environments:
+                # A session of its own: a terminal's Ctrl-C reaches this process alone, and a rank's children end with it.
+                processes.append(subprocess.Popen(command, env=environ, start_new_session=True, preexec_fn=_ending_with(os.getpid())))
+            return _watch(processes, received)
+        finally:
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+@contextlib.contextmanager
+def _received() -> Iterator[list[int]]:
+    """The signals that this process is sent meanwhile, but for those it ignores."""
     received: list[int] = []
-    # A session of its own: a terminal's Ctrl-C reaches this process alone, which ends the others in order.
-    process = subprocess.Popen(command, start_new_session=True)
-
-    def pass_on(number: int, frame: object) -> None:
-        received.append(number)
-        process.terminate()
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-              if signal.getsignal(number) is not signal.SIG_IGN}
+    before = {number: signal.signal(number, lambda number, frame: received.append(number))
+              for number in (signal.SIGINT, signal.SIGHUP, *STOP_SIGNALS) if signal.getsignal(number) is not signal.SIG_IGN}
     try:
-        code = process.wait()
+        yield received
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
         for number, handler in before.items():
             signal.signal(number, handler)
-    if received:
+
+
+def _ending_with(parent: int):
+    """For a new process: the system kills it as soon as its parent is gone, were that killed itself."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux
+
+    def arrange() -> None:
+        if prctl is not None:
+            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return arrange
+
+
+def _watch(processes: list[subprocess.Popen], received: list[int]) -> int:
+    """Until all have ended, or have to be ended; the exit code of them all."""
+    failed, deadline, passed_on = None, float("inf"), False
+    while any([process.poll() is None for process in processes]) and time.monotonic() < deadline:
+        if len(received) > 1 or received and received[0] not in STOP_SIGNALS:
+            return 128 + received[-1]
+        if received and not passed_on:
+            passed_on = True
+            for process in processes:
+                process.send_signal(received[0])
+        if failed is None and (failed := _failed(processes)) is not None:
+            deadline = time.monotonic() + GRACE_S
+            if processes[failed].returncode != STOPPED:  # then they end by themselves
+                for process in processes:
+                    process.terminate()
+        time.sleep(_POLL_S)
+    failed = _failed(processes) if failed is None else failed
+    if failed is None:
+        return 0
+    code = processes[failed].returncode
+    if code < 0 and -code not in received:
+        others = ", the others were ended" if len(processes) > 1 else ""
+        print(f"bone-ds: rank {failed} was killed by signal {-code} ({_name(-code)}){others}", file=sys.stderr, flush=True)
+    if received and code != STOPPED:
         return 128 + received[0]
-    # DeepSpeed's launcher exits with a killed rank's -9, which the system makes 247.
-    killed_by = -code if code < 0 else 256 - code if code > 192 else 0
-    return 128 + killed_by if killed_by else code
+    return code if code > 0 else 128 - code
+
+
+def _failed(processes: list[subprocess.Popen]) -> int | None:
+    """The rank that has not ended well; of several, one that has saved, else one that was killed, which the others have noticed."""
+    codes = {rank: process.returncode for rank, process in enumerate(processes) if process.returncode}
+    return min(codes, key=lambda rank: (codes[rank] != STOPPED, codes[rank])) if codes else None
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else "a real-time signal"
 
 
 def _free_port() -> int:

@@ -13,6 +13,9 @@
 - `eval`: `step`, `loss` (nats, mean over the held-out loss-bearing tokens), `label_tokens`, `eval_s`
 - `norms`, with train.log_norms_every: `step`, `gradient` (before clipping) and `adapter` (after the step), each by adapter tensor
 - `checkpoint`: `step`, `path`, `held_out_loss` (nats, or null), `write_s` (to write, read back and publish it), once it is on the disk
+- `bad_step`: `step`, `loss`, `grad_norm` (one is NaN or infinite: no weight was changed), `in_a_row`, `samples`: pairs of a source and
+  a row of it, from 1; those of the micro-batches whose loss was so, else the global batch's
+- `stop`: `step`, `signal`: the run was asked to end; null where another rank was
 - `end`: `step`, `train_s`
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from bone_ds import engine as engines
@@ -24,49 +25,59 @@ class StepResult:
     """By adapter tensor, before clipping; empty unless asked for."""
     adapter_norms: dict[str, float] = field(default_factory=dict)
     """By adapter tensor, after the step, rounded to the model's dtype below ZeRO-3; empty unless asked for."""
+    stop_asked: bool = False
+    """Of any rank."""
+    bad_batches: tuple[int, ...] = ()
+    """Numbers of this rank's batches whose loss is NaN or infinite."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Otherwise weights, moments and AdamW's step count are those from before the step, on every rank."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 def optimizer_step(engine: Engine, batches: list[Batch], label_tokens: int, learning_rate: float,
-                   check_gradients: bool = False, with_norms: bool = False) -> StepResult:
+                   check_gradients: bool = False, with_norms: bool = False,
+                   stop_asked: Callable[[], bool] = lambda: False) -> StepResult:
     """Trains on this rank's micro-batches of one global batch that holds `label_tokens` loss-bearing tokens in all.
 
     Every rank brings the same number of batches; one without labels still runs. Micro-batches may be cut into chunks that
     continue each other: the state is carried, the gradient through it is not. The gradient is that of the mean
     over the global batch: ranks average, so each scales its sums by world_size / label_tokens. With `check_gradients`,
-    raises InjectionError naming a layer whose adapter received no gradient, or a bad one. `with_norms` fills in the norms by tensor.
+    raises InjectionError naming a layer whose adapter received no gradient. `with_norms` fills in the norms by tensor. `stop_asked`
+    is asked on every rank; the answers travel with the loss, so that all ranks know after the same step.
     """
-    loss_sum = 0.0
+    losses = []
     for index, loss in enumerate(engine.losses(batches)):
-        engine.backward(loss * (engine.world_size / label_tokens), boundary=index == len(batches) - 1)
-        loss_sum += float(loss.detach())
+        # An infinite loss may have a finite gradient: multiplied by NaN it has none, and then no rank takes the step.
+        scale = loss.detach() * 0 + engine.world_size / label_tokens
+        engine.backward(loss * scale, boundary=index == len(batches) - 1)
+        losses.append(float(loss.detach()))
     if check_gradients:
         _check_every_layer_learns(engine)
     gradient_norms = engine.gradient_norms() if with_norms else {}
     grad_norm = engine.update(learning_rate)
     adapter_norms = engine.adapter_norms() if with_norms else {}
     positions = sum(batch.tokens.numel() for batch in batches)
-    loss_sum, positions = engines.total([loss_sum, positions], batches[0].tokens.device)
-    return StepResult(loss_sum / label_tokens, grad_norm, int(positions), gradient_norms, adapter_norms)
+    loss_sum, positions, asked = engines.total([sum(losses), positions, stop_asked()], batches[0].tokens.device)
+    bad_batches = tuple(number for number, loss in enumerate(losses) if not math.isfinite(loss))
+    return StepResult(loss_sum / label_tokens, grad_norm, int(positions), gradient_norms, adapter_norms, asked > 0, bad_batches)
 
 
 def _check_every_layer_learns(engine: Engine) -> None:
-    """A layer learns where one of its adapter's tensors has a gradient: LoRA's first one has none at the start."""
-    largest: dict[str, float] = {}
+    """A layer learns where one of its adapter's tensors has a gradient: LoRA's first one has none at the start.
+
+    A gradient that is not finite is none of this: it comes from above, and so all layers have it.
+    """
+    learns: dict[str, bool] = {}
     for name in engine.trainable:
         layer = name.rpartition(".")[0]
         gradient = engine.gradient(name)
-        value = 0.0 if gradient is None else float(gradient.abs().amax())
-        largest[layer] = max(largest.get(layer, 0.0), value, key=_alarming)
-    for layer, value in largest.items():
-        if value == 0 or not math.isfinite(value):
-            raise InjectionError(
-                f"{layer}: its adapter received {'no' if value == 0 else 'a non-finite'} gradient in the first step\n"
-                "Either the layer stands before weights that are zero, as in a new model (train that with adapter.method: full first), "
-                "or the weights or the data hold bad values")
-
-
-def _alarming(value: float) -> tuple[bool, float]:
-    return not math.isfinite(value), value
+        learns[layer] = learns.get(layer, False) or gradient is not None and bool(gradient.any())
+    for layer in (layer for layer, does in learns.items() if not does):
+        raise InjectionError(
+            f"{layer}: its adapter received no gradient in the first step\n"
+            "It stands before weights that are zero, as in a new model; train that with adapter.method: full first")
 
 
 def learning_rate(train: TrainConfig, step: int, steps: int) -> float:

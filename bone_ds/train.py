@@ -6,21 +6,23 @@ import math
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from bone_ds import activation, adapter_file, arch, checkpoint, ds_json, monitoring, plan, publishing, resolution
+from bone_ds import activation, adapter_file, arch, checkpoint, ds_json, monitoring, out_of_memory, plan, publishing, resolution
 from bone_ds import engine as engines
 from bone_ds.arch import Architecture, Source
+from bone_ds.bad_steps import BadSteps
 from bone_ds.checkpoint import Found, Origin, Saved
 from bone_ds.config import RunConfig, conflicts_with_steps, dump_yaml
 from bone_ds.data import GlobalOrder, Samples, collate_chunks, deal, load_samples
 from bone_ds.engine import Engine, Monitor
 from bone_ds.errors import BoneError, CheckpointError, ConfigError, DataError
-from bone_ds.evaluate import HeldOut
+from bone_ds.evaluate import Evaluation, HeldOut
 from bone_ds.inject import check, inject
 from bone_ds.launch import Ranks
 from bone_ds.objective import Objective
@@ -29,6 +31,7 @@ from bone_ds.progress import Progress, hold_log_lines, peak_memory_gib
 from bone_ds.resolution import DTYPES
 from bone_ds.run_directory import RunDirectory
 from bone_ds.step import StepResult, learning_rate, optimizer_step
+from bone_ds.stopping import StopRequest
 
 
 @dataclass(frozen=True)
@@ -38,21 +41,27 @@ class RunResult:
     train_loss: float
     """Of the last step."""
     eval_loss: float | None
-    """After the last step; None without held-out data or with train.eval_every: 0."""
+    """The last one; None without held-out data or with train.eval_every: 0."""
+    stopped: bool = False
+    """Before its last step, as it was asked to; the checkpoint of `steps` is there."""
 
 
-def train(config: RunConfig, ranks: Ranks, resume: bool | Path = False, force: bool = False) -> RunResult:
+def train(config: RunConfig, ranks: Ranks, resume: bool | Path = False, force: bool = False,
+          stop: StopRequest | None = None) -> RunResult:
     """Trains on this process's rank; every rank of the run calls it. Raises BoneError where the user can mend it.
 
     resume: True goes on from the run's last whole checkpoint, a path from that one. Nothing is written before config, data, model and
     adapter have been found usable, and the run to fit into memory; `force` starts one that the plan says will not. The run directory
-    is rank 0's alone: it need not be there for other hosts.
+    is rank 0's alone: it need not be there for other hosts. When any rank has been asked to stop, the step under way is finished and
+    saved, and the run ends.
     """
+    stop = stop or StopRequest()
     hold_log_lines()
     ds = ds_json.resolve(config, ranks.world_size)
     monitoring.check_installed(ds)
+    engines.compiler_lock.check(ds)
     run = RunDirectory.planned(config)
-    with engines.distributed(ranks), ExitStack() as held:
+    with engines.distributed(ranks), out_of_memory.explained(ranks.rank) as memory, ExitStack() as held:
         engines.by_first(lambda: run.check(config, resume))
         torch.manual_seed(config.train.seed)
         device = engines.device(ranks)
@@ -74,7 +83,10 @@ def train(config: RunConfig, ranks: Ranks, resume: bool | Path = False, force: b
             raise ConfigError(plan.refusal(planned))
         for line in plan_lines if ranks.is_first else ():
             print(line, flush=True)  # reading the weights takes a while, and the log is made after it
+        memory.known(planned, partial(plan.of_run, config, ranks.world_size, architecture, source, samples, order, device.type,
+                                      held_bytes=plan.process.resident_bytes()))
         engine = build_engine(config, architecture, source, ds, device)
+        engines.limit_waiting(config.train.collective_timeout_s)
 
         started = time.monotonic()
         origin = checkpoint.Origin(adapter_file.header_of(config, architecture, source, step=0), samples.fingerprint(), dump_yaml(config))
@@ -94,7 +106,6 @@ def train(config: RunConfig, ranks: Ranks, resume: bool | Path = False, force: b
         def begin() -> None:
             if found:
                 checkpoint.settle(run.checkpoints, found.step, found.damaged)
-            run.create(config, ds)
             run.create(config, ds)
             with publishing.writing(run.log), run.log.open("a", encoding="utf-8") as log:
                 log.writelines(f"{line}\n" for line in plan_lines)
@@ -116,17 +127,20 @@ def train(config: RunConfig, ranks: Ranks, resume: bool | Path = False, force: b
 
         evaluation = _evaluate(held_out, engine, run, monitor, ranks, progress, first_step)
         result = None
+        bad_steps = BadSteps(config, samples, run, progress)
         adapted = config.adapter.method != "full"  # a fresh model has layers behind zeros that get no gradient at first
+        stop.keep()
         for step in range(first_step, steps):
             step_started = time.monotonic()
             window = order.window(step)
             hands = deal(window, ranks.rank, ranks.world_size, config.train.micro_batch_size, config.train.global_batch_size)
-            batches = [chunk for hand in hands
-                       for chunk in collate_chunks(samples, hand.units, device, config.train.chunk_length, hand.all_units)]
+            dealt = [(chunk, hand) for hand in hands
+                     for chunk in collate_chunks(samples, hand.units, device, config.train.chunk_length, hand.all_units)]
+            batches, hand_of = map(list, zip(*dealt))
             rate = learning_rate(config.train, step, steps)
             done = step + 1
             with_norms = config.train.log_norms_every > 0 and done % config.train.log_norms_every == 0
-            result = optimizer_step(engine, batches, window.label_tokens, rate, step == 0 and adapted, with_norms)
+            result = optimizer_step(engine, batches, window.label_tokens, rate, step == 0 and adapted, with_norms, stop.asked)
             step_s = time.monotonic() - step_started
 
             tokens = sum(window.unit_tokens)
@@ -135,16 +149,16 @@ def train(config: RunConfig, ranks: Ranks, resume: bool | Path = False, force: b
             if ranks.is_first:
                 saver.check()
                 _record_step(run, monitor, done, window, result, rate, step_s, rates)
-            if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-                raise DataError(
-                    f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}; checkpoints before it are whole\n"
-                    f"Lower train.learning_rate: {config.train.learning_rate}, or look for bad rows in "
-                    f"{', '.join(config.data.train_paths)}")
-            evaluates = held_out and (done % config.train.eval_every == 0 or done == steps)
+            bad_steps.judge(done, result, window, hand_of, ranks.is_first)
+            stops = result.stop_asked and done < steps
+            evaluates = held_out and not stops and (done % config.train.eval_every == 0 or done == steps)
             if evaluates:
                 evaluation = _evaluate(held_out, engine, run, monitor, ranks, progress, done)
-            if done == steps or config.train.save_every and done % config.train.save_every == 0:
+            if done == steps or stops or config.train.save_every and done % config.train.save_every == 0:
                 saver.save(done, evaluation.loss if evaluates else None)
+            if stops:
+                saver.finish()
+                return _stopped(run, ranks, progress, stop, done, result, evaluation)
 
         saver.finish()
         train_s = time.monotonic() - started
@@ -153,6 +167,17 @@ def train(config: RunConfig, ranks: Ranks, resume: bool | Path = False, force: b
         if ranks.is_first:
             run.record("end", step=steps, train_s=round(train_s, 3))
         return RunResult(run.path, steps, result.loss if result else math.nan, evaluation and evaluation.loss)
+
+
+def _stopped(run: RunDirectory, ranks: Ranks, progress: Progress, stop: StopRequest, step: int, result: StepResult,
+             evaluation: Evaluation | None) -> RunResult:
+    """All ranks end together: launchers take it for a failure and end those that are left."""
+    progress.say(f"stopped by {stop.signal_name or 'a signal to another rank'} after step {step}, which is saved; --resume goes on")
+    if ranks.is_first:
+        run.record("stop", step=step, signal=stop.signal_name)
+    stop.heed()
+    engines.barrier()
+    return RunResult(run.path, step, result.loss, evaluation and evaluation.loss, stopped=True)
 
 
 def build_engine(config: RunConfig, architecture: Architecture, source: Source, ds: dict, device: torch.device) -> Engine:

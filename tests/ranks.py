@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 TIMEOUT_S = 600
@@ -53,11 +54,12 @@ def _main() -> None:
         outcomes_path.write_text(json.dumps(outcomes), encoding="utf-8")
 
 
-def train(ranks, config: dict, resume: str | None = None, checkpoints: str | None = None) -> dict:
+def train(ranks, config: dict, resume: str | None = None, checkpoints: str | None = None, second_step: str | None = None) -> dict:
     """As `bone_ds.train.train`, in a process group that is there already and without a run directory.
 
     With `checkpoints` it saves there after step 3 and goes on, with train.async_save before that is written; with `resume`, a
-    checkpoint, it starts from that. At the end the fp32 adapter is written beside the run's would-be directory.
+    checkpoint, it starts from that. At the end the fp32 adapter is written beside the run's would-be directory. The second step is left
+    out, or the last rank has in it an `infinite loss` of finite gradient or a `NaN gradient` of finite loss.
     """
     import torch
     from safetensors.torch import save_file
@@ -95,8 +97,12 @@ def train(ranks, config: dict, resume: str | None = None, checkpoints: str | Non
         batches = [chunk for hand in hands
                    for chunk in collate_chunks(samples, hand.units, device, config.train.chunk_length, hand.all_units)]
         rate = learning_rate(config.train, step, config.train.steps)
+        if step == 1 and second_step == "left out":
+            continue
+        engine.losses = partial(_losses, engine, second_step if step == 1 and ranks.rank == ranks.world_size - 1 else None)
         result = optimizer_step(engine, batches, window.label_tokens, rate, check_gradients=step == 0,
                                 with_norms=step + 1 == config.train.steps)
+        del engine.losses
         outcome["losses"].append(result.loss)
         outcome["norms"].append(result.grad_norm)
         outcome["units"].append(len(window.units))
@@ -116,6 +122,15 @@ def train(ranks, config: dict, resume: str | None = None, checkpoints: str | Non
         save_file(masters, outcome["masters"])
     engine.deepspeed.destroy()
     return outcome
+
+
+def _losses(engine, fault, batches):
+    """In place of the engine's own."""
+    for loss in type(engine).losses(engine, batches):
+        loss = loss + float("inf") if fault == "infinite loss" else loss * 1
+        if fault == "NaN gradient":
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        yield loss
 
 
 def seen(ranks, config: dict, cache_dir: str | None = None) -> dict:

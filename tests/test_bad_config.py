@@ -159,6 +159,7 @@ CONFLICTS = [
     (["train.steps=5", "train.warmup_steps=6"], ["train.warmup_steps: 6", "train.steps: 5"]),
     (["train.global_batch_size=6", "train.micro_batch_size=4"], ["train.global_batch_size: 6", "train.micro_batch_size: 4"]),
     (["train.schedule=constant", "train.final_lr_ratio=0.1"], ["train.final_lr_ratio: 0.1", "constant"]),
+    (["train.max_skipped=3"], ["train.max_skipped: 3", "on_nan", "'stop'"]),
     (["--ranks", "3"], ["train.global_batch_size: 8", "3 ranks", "multiple of 3"]),
     (["--ranks", "0"], ["--ranks: 0", "1 or more"]),
 ]

@@ -15,6 +15,7 @@ from tiny_llama import save_tiny
 from bone_ds import cli, launch
 from bone_ds.bone import adapted_weight
 from bone_ds.cli import main
+from bone_ds.errors import LostRankError
 
 ROOT = Path(__file__).parents[1]
 SIZES = ("--layers", "2", "--width", "32", "--vocab", "256", "--head-size", "8")
@@ -166,7 +167,7 @@ def test_a_rank_killed_for_memory_is_explained(run_directory, monkeypatch, capsy
     monkeypatch.setattr(launch, "start", lambda arguments, ranks: 137)
     assert main(["train", "run.yaml", "--ranks", "1"]) == 137
     message = capsys.readouterr().err
-    assert "signal 9" in message and "data.max_length" in message and message.count("\n") == 2
+    assert "SIGKILL" in message and "data.max_length" in message and message.count("\n") == 1
 
 
 @pytest.mark.parametrize("code, has_checkpoint, is_told", [(130, True, True), (143, True, True), (130, False, False), (1, True, False)])
@@ -185,21 +186,18 @@ def test_a_stopped_run_says_how_it_goes_on(run_directory, monkeypatch, tmp_path,
     assert (f"with --resume the run in {tmp_path}/stopped goes on" in message) == is_told and message.count("\n") == is_told
 
 
-@pytest.mark.parametrize("environ, waits", [
-    ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, [5]), ({}, [])], ids=["rank", "no rank"])
-def test_a_rank_whose_peer_is_gone_leaves_the_word_to_it(monkeypatch, environ, waits):
+@pytest.mark.parametrize("speaks, hangs", [(True, True), (True, False), (False, True)])
+def test_one_rank_says_that_another_is_lost(monkeypatch, capsys, speaks, hangs):
     waited = []
 
-    def lose_peer(options, given):
-        raise RuntimeError("Read error [127.0.0.1]:23429: Connection reset by peer")
+    def lose_a_rank(options, given):
+        raise LostRankError("rank 1 does not answer", speaks, hangs)
 
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(cli, "_config", lose_peer)
+    monkeypatch.setattr(cli, "_config", lose_a_rank)
     monkeypatch.setattr(cli.time, "sleep", waited.append)
-    with pytest.raises(RuntimeError, match="by peer"):
-        main(["config"])
-    assert waited == waits
+    assert main(["config"]) == 1
+    assert capsys.readouterr().err == ("bone-ds: rank 1 does not answer\n" if speaks else "")
+    assert waited == [cli.LAST_WORD_S] * (not hangs) + [cli.LET_SPEAK_S] * (not speaks)
 
 
 def test_a_new_model(tmp_path, capsys):

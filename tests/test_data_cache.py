@@ -54,7 +54,8 @@ def test_the_second_time_it_is_read(rows, tmp_path):
     assert isinstance(second.tokens, np.memmap) and first.fingerprint() == second.fingerprint() == without.fingerprint()
     assert second.report == first.report and second.eos_token_id == first.eos_token_id
     assert second.parts[0].cached == first.parts[0].cached and without.parts[0].cached is None
-    assert sorted(path.name for path in first.parts[0].cached.iterdir()) == ["learnt.npy", "manifest.json", "offsets.npy", "tokens.npy"]
+    assert sorted(path.name for path in first.parts[0].cached.iterdir()) == [
+        "learnt.npy", "manifest.json", "offsets.npy", "rows.npy", "tokens.npy"]
 
 
 CHANGES = {

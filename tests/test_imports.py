@@ -11,9 +11,9 @@ ORDER = [
     "bone_ds.config", "bone_ds.data_paths", "bone_ds.activation_policy, bone_ds.monitoring", "bone_ds.ds_json", "bone_ds.arch",
     "llama_adapters, rwkv_adapters", "bone_ds.methods", "bone_ds.inject", "bone_ds.resolution", "bone_ds.activation", "bone_ds.data",
     "bone_ds.loss", "bone_ds.objective", "bone_ds.adapter_file", "bone_ds.merge", "bone_ds.formats", "bone_ds.hugging_face", "bone_ds.plan",
-    "bone_ds.launch", "bone_ds.engine",
+    "bone_ds.out_of_memory", "bone_ds.stopping", "bone_ds.launch", "bone_ds.engine",
     "bone_ds.step", "bone_ds.checkpoint", "bone_ds.evaluate, bone_ds.generate", "bone_ds.conversation, bone_ds.prompt_shares",
-    "bone_ds.run_lock", "bone_ds.run_directory, bone_ds.progress",
+    "bone_ds.run_lock", "bone_ds.run_directory, bone_ds.progress", "bone_ds.bad_steps, bone_ds.restarts",
     "bone_ds.inspection",
     "bone_ds.train", "bone_ds.profile", "bone_ds.cli_generate", "bone_ds.cli", "bone_ds.__main__", "bone_ds.demo"]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split(", ")}

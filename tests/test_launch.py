@@ -40,33 +40,83 @@ def test_more_ranks_than_visible_gpus():
         launch._devices(3, {"CUDA_VISIBLE_DEVICES": "2,3"})
 
 
+def ranks_of(program: str, ranks: int = 2) -> int:
+    environments = [os.environ | {"RANK": str(rank)} for rank in range(ranks)]
+    return launch._run_to_their_end([sys.executable, "-c", f"import os, signal, time; rank = os.environ['RANK']\n{program}"], environments)
+
+
 @pytest.mark.parametrize("program, code", [
-    ("", 0), ("raise SystemExit(2)", 2), ("raise SystemExit(1)", 1), ("import os; os.kill(os.getpid(), 9)", 128 + 9),
-    ("raise SystemExit(-9)", 128 + 9)])
-def test_exit_code(program, code):
-    assert launch._run_to_its_end([sys.executable, "-c", program]) == code
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    ("", 0), ("raise SystemExit(2)", 2), ("raise SystemExit(int(rank))", 1), ("raise SystemExit(75)", 75), ("raise SystemExit(-9)", 247)])
+def test_exit_code(program, code, capfd):
+    assert ranks_of(program) == code
+    assert capfd.readouterr().err == ""
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert {signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)} == {signal.SIG_DFL}
 
 
-# A launcher with one rank that ignores polite requests, as one in the middle of a collective does.
-LAUNCHER = """
-import subprocess, sys
-rank = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(100)"
-subprocess.run([sys.executable, "-c", rank])
+def test_a_killed_rank_is_named_and_the_others_end(monkeypatch, capfd):
+    """Rank 0 dies of SIGTERM, and rank 2 hangs: it is given a while."""
+    monkeypatch.setattr(launch, "GRACE_S", 0.5)
+    code = ranks_of("""
+if rank == "2":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(os.getpid(), flush=True)
+if rank == "1":
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGSEGV)
+time.sleep(100)
+""", ranks=3)
+    assert code == 128 + signal.SIGSEGV
+    printed = capfd.readouterr()
+    assert printed.err == "bone-ds: rank 1 was killed by signal 11 (SIGSEGV), the others were ended\n"
+    assert len(printed.out.split()) == 3 and all(ended(int(pid)) for pid in printed.out.split())
+
+
+# A rank that ignores polite requests, as one in the middle of a collective does, and one that does as it is asked.
+STUBBORN = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+POLITE = "[signal.signal(number, lambda number, _: os._exit(75)) for number in (signal.SIGTERM, signal.SIGUSR1)]"
+
+
+def started(ranks: list[str]) -> tuple[subprocess.Popen, list[int]]:
+    """`bone-ds` stood in for by a process with these ranks, and their process ids."""
+    rank = f"import os, signal, time; exec({ranks!r}[int(os.environ['RANK'])]); print(os.getpid(), flush=True); time.sleep(100)"
+    program = f"""
+import os, sys
+from bone_ds import launch
+environments = [os.environ | {{"RANK": str(rank)}} for rank in range({len(ranks)})]
+sys.exit(launch._run_to_their_end([sys.executable, "-c", {rank!r}], environments))
 """
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_ranks_end_with_the_command(number):
-    program = f"import sys; from bone_ds import launch; sys.exit(launch._run_to_its_end([sys.executable, '-c', {LAUNCHER!r}]))"
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    rank = int(parent.stdout.readline())
+    return parent, [int(parent.stdout.readline()) for _ in ranks]
+
+
+def ends(parent: subprocess.Popen, pids: list[int]) -> int:
+    _, err = parent.communicate(timeout=20)
+    assert err == "" and all(map(ended, pids))
+    return parent.returncode
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_ranks_end_with_the_command(number):
+    parent, pids = started([STUBBORN, STUBBORN])
     parent.send_signal(number)
-    assert parent.wait(timeout=20) == 128 + number
-    assert parent.stderr.read() == ""
-    assert ended(rank)
-    parent.stdout.close()
-    parent.stderr.close()
+    assert ends(parent, pids) == (-number if number == signal.SIGKILL else 128 + number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_request_to_stop_is_passed_on_to_every_rank(number):
+    parent, pids = started([POLITE, POLITE])
+    parent.send_signal(number)
+    assert ends(parent, pids) == 75
+
+
+def test_a_second_request_ends_all():
+    parent, pids = started([STUBBORN, STUBBORN])
+    parent.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert parent.poll() is None
+    parent.send_signal(signal.SIGTERM)
+    assert ends(parent, pids) == 128 + signal.SIGTERM
 
 
 def ended(pid: int) -> bool:

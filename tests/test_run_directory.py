@@ -55,8 +55,9 @@ def test_what_a_start_leaves_that_was_killed_before_its_config_is_no_run(tmp_pat
     with run.locked(resume=False):
         run.checkpoints.mkdir()
         (run.path / "config.yaml.partial").write_text("mod")
+        (run.path / "tensorboard").mkdir()
         run.check(config, resume=False)
-    for other in (run.checkpoints / "step-00000001.partial", run.path / "notes.txt", run.config):
+    for other in (run.checkpoints / "step-00000001.partial", run.config):
         other.touch()
         with pytest.raises(ConfigError, match="is not empty"):
             run.check(config, resume=False)
@@ -68,6 +69,12 @@ def test_what_a_start_leaves_that_was_killed_before_its_config_is_no_run(tmp_pat
     run.check(config, resume=True)
     with run.locked(resume=True):
         pass
+
+
+def test_a_directory_of_other_things_is_refused(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ConfigError, match="is not empty"):
+        RunDirectory(tmp_path).check(config_of(tmp_path), resume=False)
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])

@@ -134,6 +134,10 @@ def _cases(directory: Path, world_size: int) -> dict[str, dict]:
         path = directory / f"{name}.json"
         path.write_text(json.dumps({"zero_optimization": zero}))
         cases |= resumed(name, tree(name, zero["stage"]) | {"deepspeed": {"config": str(path)}})
+    for name, (config, fault) in _faulty(tree, directory).items() if world_size == 2 else ():
+        for what, second_step in (("bad", fault), ("without", "left out")):
+            cases[f"{what}-{name}"] = {"config": config | {"output": {"directory": str(directory / "world-2" / f"{what}-{name}")}},
+                                       "second_step": second_step}
     for move, (origin, origin_world_size, target, target_world_size) in MOVES.items():
         if target_world_size == world_size:
             config = cases[target]["config"] | {"output": {"directory": str(directory / f"world-{world_size}" / move)}}
@@ -142,3 +146,18 @@ def _cases(directory: Path, world_size: int) -> dict[str, dict]:
     for name in ("starved", "spoilt"):
         cases |= case(name, stage, model={"path": str(directory / name)})
     return cases
+
+
+FAULTY = [f"{stage}-{dtype}" for stage in STAGES for dtype in DTYPES] + [f"{stage}-offload" for stage in (2, 3)]
+
+
+def _faulty(tree, directory: Path) -> dict[str, tuple[dict, str]]:
+    """Of each name in FAULTY the config, and what is wrong in the second of its four steps."""
+    faulty = {}
+    for name in FAULTY:
+        stage, kind = name.split("-")
+        config = tree(f"bad-{name}", int(stage), model={"dtype": "bf16" if kind == "bf16" else "fp32"}, train={"steps": 4})
+        if kind == "offload":
+            config["deepspeed"] = {"config": str(directory / f"offload-{stage}.json")}
+        faulty[name] = (config, "infinite loss" if kind == "fp32" else "NaN gradient")
+    return faulty

@@ -1,8 +1,8 @@
 """Tokenised sources on disk: found by what they were made of, made once per host, never seen half.
 
-`CACHE/tokens/KEY/` holds `tokens.npy`, `offsets.npy` and `learnt.npy`, which are mapped into memory, so that the ranks of a host share
-them, and `manifest.json`. KEY hashes everything that decides what is in it: the files' content (the commit, for the hub), the
-tokenizer, the prompt, lengths and limits, and the code itself.
+`CACHE/tokens/KEY/` holds `tokens.npy`, `offsets.npy`, `learnt.npy` and `rows.npy`, which are mapped into memory, so that the ranks of a
+host share them, and `manifest.json`. KEY hashes everything that decides what is in it: the files' content (the commit, for the hub),
+the tokenizer, the prompt, lengths and limits, and the code itself.
 
 The ranks of a host come at once. The one that takes the lock first builds aside and renames; the others wait for the lock and
 find it done. The system frees the lock of a rank that dies, and the next one builds.
@@ -32,7 +32,7 @@ from bone_ds.data_paths import CORPUS_SUFFIXES
 
 SMALLEST_BYTES = 2**20
 """Files of less are tokenised in about a second, at every start."""
-_ARRAYS = ("tokens", "offsets", "learnt")
+_ARRAYS = ("tokens", "offsets", "learnt", "rows")
 _MANIFEST = "manifest.json"
 
 

@@ -83,6 +83,8 @@ class Samples:
     report: Report
     parts: tuple[Part, ...] = ()
     """Where they come from, in order; of samples that a config names."""
+    rows: np.ndarray | None = None
+    """(n,) int64: which row of its source, from 1, a sample was made of, or is a piece of; None where nobody knows."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -114,6 +116,11 @@ class Samples:
             end = min(start + _SAMPLES_AT_ONCE, len(self))
             yield start, end, self.learnt[self.offsets[start]:self.offsets[end]]
 
+    def place(self, index: int) -> tuple[str, int]:
+        """The source of a sample and its row there, from 1: of several files that are read as one, counted through them."""
+        ends = np.cumsum([part.count for part in self.parts])
+        return self.parts[np.searchsorted(ends, index, side="right")].name, int(self.rows[index])
+
     def label_count(self, index: int) -> int:
         return int(self.learnt_of(index).sum())
 
@@ -136,7 +143,7 @@ def joined(samples: Sequence[Samples]) -> Samples:
     offsets = np.concatenate([[0], *(one.offsets[1:] + start for one, start in zip(samples, starts, strict=True))])
     tokens, learnt = (np.concatenate([getattr(one, name) for one in samples]) for name in ("tokens", "learnt"))
     return Samples(tokens, offsets, learnt, samples[0].eos_token_id, Report.of_all([one.report for one in samples]),
-                   tuple(part for one in samples for part in one.parts))
+                   tuple(part for one in samples for part in one.parts), np.concatenate([one.rows for one in samples]))
 
 
 class Store:
@@ -144,7 +151,7 @@ class Store:
 
     def __init__(self, max_length: int, overlong: Literal["truncate", "drop", "split"]):
         self.max_length, self.overlong = max_length, overlong
-        self.tokens, self.offsets, self.learnt = array("i"), array("q", [0]), bytearray()
+        self.tokens, self.offsets, self.learnt, self.row_of = array("i"), array("q", [0]), bytearray(), array("q")
         self.rows = self.truncated = self.dropped = self.label_less = self.label_tokens = self.longest = self.split = self.pieces = 0
 
     def add(self, tokens: np.ndarray, learnt: np.ndarray) -> None:
@@ -178,6 +185,7 @@ class Store:
         self.label_tokens += int(learnt.sum())
         self.tokens.frombytes(tokens.tobytes())
         self.offsets.append(len(self.tokens))
+        self.row_of.append(self.rows)
         self.learnt += learnt.tobytes()
 
     def samples(self, eos: int) -> Samples:
@@ -185,4 +193,4 @@ class Store:
         report = Report(self.rows, len(self.offsets) - 1, self.truncated, self.dropped, self.label_less, len(self.tokens),
                         self.label_tokens, self.longest, self.split, self.pieces)
         tokens, learnt = np.frombuffer(self.tokens, np.int32), np.frombuffer(self.learnt, bool)
-        return Samples(tokens, np.frombuffer(self.offsets, np.int64), learnt, eos, report)
+        return Samples(tokens, np.frombuffer(self.offsets, np.int64), learnt, eos, report, rows=np.frombuffer(self.row_of, np.int64))

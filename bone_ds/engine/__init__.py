@@ -5,7 +5,8 @@ Facts about DeepSpeed 0.19 that shape this package:
 - `backward(scale_wrt_gas=False)` and a hand-set accumulation boundary leave the loss's normalisation to the caller,
   while gradients are still averaged over ranks;
 - under ZeRO-3 a parameter is whole only inside a hook-driven gather, so weights are set share by share;
-- at stage 0 in fp32 it keeps no gradient norm, and steps over NaN; in bf16 it takes one step before the first.
+- at stage 0 in fp32 it keeps no gradient norm, and steps over NaN; in bf16 it takes one step before the first;
+- from stage 1 on it drops gradients whose norm is not finite, says infinity for it, and steps nothing.
 """
 
 from __future__ import annotations
@@ -30,19 +31,22 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
 from bone_ds.arch import Batch, State
-from bone_ds.engine import norms, placement, state
+from bone_ds.engine import compiler_lock, lost_ranks, norms, placement, state
 from bone_ds.engine.monitor import Monitor
 from bone_ds.errors import BoneError, ConfigError
 from bone_ds.launch import Ranks
 
-__all__ = ["Engine", "Monitor", "agree", "barrier", "by_first", "device", "distributed", "placement", "told_by_first", "total"]
+__all__ = [
+    "Engine", "Monitor", "agree", "barrier", "by_first", "compiler_lock", "device", "distributed", "gathered", "limit_waiting",
+    "placement", "told_by_first", "total",
+]
 
 T = TypeVar("T")
 
 
 @contextlib.contextmanager
 def distributed(ranks: Ranks) -> Iterator[None]:
-    """The process group of all ranks, destroyed at the end whatever happens."""
+    """The process group of all ranks, destroyed at the end whatever happens. Raises LostRankError where other ranks are gone or hang."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -50,6 +54,10 @@ def distributed(ranks: Ranks) -> Iterator[None]:
     assert dist.get_world_size() == ranks.world_size
     try:
         yield
+    except RuntimeError as error:
+        if not lost_ranks.is_cause(error):
+            raise
+        raise lost_ranks.described(error, ranks) from None
     finally:
         deepspeed.comm.destroy_process_group()
 
@@ -75,6 +83,11 @@ def _keep_few_matmul_kernels() -> None:
         os.environ.setdefault(capacity, "32")
 
 
+def limit_waiting(timeout_s: float) -> None:
+    """How long any operation of all ranks may take from now on, before the ranks that wait end."""
+    lost_ranks.limit(timeout_s)
+
+
 def barrier() -> None:
     dist.barrier()
 
@@ -88,9 +101,14 @@ def total(values: list[float], device: torch.device) -> list[float]:
 
 def agree(value: str) -> bool:
     """Whether every rank brings the same text."""
-    values: list[str] = [""] * dist.get_world_size()
+    return len(set(gathered(value))) == 1
+
+
+def gathered(value: Any) -> list[Any]:
+    """What each rank brings, by rank, on every rank."""
+    values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
-    return len(set(values)) == 1
+    return values
 
 
 def told_by_first(value: Any) -> Any:
@@ -144,7 +162,10 @@ class Engine:
         self.deepspeed.backward(loss, scale_wrt_gas=False)
 
     def update(self, learning_rate: float) -> float:
-        """One optimizer step; returns the global gradient norm before clipping."""
+        """One optimizer step; returns the global gradient norm before clipping.
+
+        Where that is NaN or infinite no weight and no moment changes on any rank, and the gradients are dropped.
+        """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.deepspeed.zero_optimization_stage() > 0:
@@ -155,6 +176,8 @@ class Engine:
         norm = float(torch.linalg.vector_norm(torch.stack(norms)))
         if math.isfinite(norm):
             self.deepspeed.step()
+        else:
+            self.deepspeed.zero_grad()
         return norm
 
     def gradient(self, name: str) -> Tensor | None:

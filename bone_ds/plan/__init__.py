@@ -24,11 +24,11 @@ from bone_ds.data_paths import is_hub_id
 from bone_ds.errors import CheckpointError, DataError
 from bone_ds.plan import changes, memory, process, trace, workload, zero
 from bone_ds.plan.report import Change, Flops, Plan, Workload
-from bone_ds.plan.table import line, refusal, table, warning
+from bone_ds.plan.table import breakdown, gib, line, refusal, table, warning
 from bone_ds.plan.trace import Shape, Trace
 from bone_ds.resolution import DTYPES
 
-__all__ = ["Change", "Flops", "Plan", "Workload", "line", "of_run", "plan", "process", "refusal", "table", "warning"]
+__all__ = ["Change", "Flops", "Plan", "Workload", "breakdown", "gib", "line", "of_run", "plan", "process", "refusal", "table", "warning"]
 
 _FILE_HEADER_BYTES = 90
 """Of one tensor in a safetensors file, about."""

@@ -34,6 +34,12 @@ def line(plan: Plan) -> str:
             f"{plan.workload.tokens_per_step:,.0f} tokens a step, {plan.trainable_parameters:,} trainable")
 
 
+def breakdown(plan: Plan) -> str:
+    """`6.90 GiB a rank (weights 3.02, activations 2.91, ...)`, all that is 0.01 GiB or more"""
+    parts = [f"{name} {_in_gib(size)}" for name, size in plan.by_component.items() if size >= 0.005 * GIB]
+    return f"{gib(plan.peak_bytes)} a rank ({', '.join(parts)})"
+
+
 def refusal(plan: Plan) -> str:
     """Why a run can't fit, and what would."""
     text = (f"this run needs {gib(plan.needed_bytes)} a rank, {gib(plan.capacity_bytes)} are there "

@@ -84,7 +84,8 @@ def cut(samples: Samples, data: DataConfig) -> Samples:
         raise DataError(f"data.max_length: {data.max_length} leaves no sample")
     chosen = remains & np.repeat(kept, samples.lengths)
     offsets = np.concatenate([[0], np.cumsum(np.minimum(samples.lengths, data.max_length)[kept])])
-    return replace(samples, tokens=samples.tokens[chosen], learnt=samples.learnt[chosen], offsets=offsets, parts=_parts_of(samples, kept))
+    return replace(samples, tokens=samples.tokens[chosen], learnt=samples.learnt[chosen], offsets=offsets, parts=_parts_of(samples, kept),
+                   rows=None)
 
 
 def _parts_of(samples: Samples, kept: np.ndarray) -> tuple[Part, ...]:

@@ -15,7 +15,7 @@ from bone_ds.profile import measurement
 from bone_ds.profile.measurement import Failure, Measurement
 from bone_ds.profile.variants import Variant
 
-_TOLD_TO_END = tuple(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
+_TOLD_TO_END = tuple(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
 
 
 @dataclass(frozen=True)

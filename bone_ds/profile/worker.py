@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bone_ds import arch, ds_json, resolution
+from bone_ds import arch, ds_json, out_of_memory, resolution
 from bone_ds import engine as engines
 from bone_ds.arch import Batch
 from bone_ds.config import RunConfig
@@ -43,11 +43,11 @@ def measure(config: RunConfig, ranks: Ranks, steps: int, instruments: bool, out:
     try:
         with engines.distributed(ranks):
             _measure(config, ranks, steps, instruments, out)
-    except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not out_of_memory.is_cause(error):
             raise
         if not out.exists():
-            Failure(f"does not fit: {str(error).splitlines()[0]}").write(out)
+            Failure(f"does not fit: {(str(error) or type(error).__name__).splitlines()[0]}").write(out)
         return OUT_OF_MEMORY
     return 0
 

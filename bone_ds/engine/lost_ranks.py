@@ -1,0 +1,66 @@
+"""Ranks that are gone or hang: how long the others wait for them, and how they find out which these are.
+
+Facts about torch 2.13 that shape this module:
+- an operation of all ranks that waits too long, or whose peer is gone, raises in every rank that takes part, over gloo; over NCCL a
+  thread of torch's ends the process instead (docs/faults.md);
+- a group that is made later, as DeepSpeed's own are, has torch's default timeout, whatever the first group was given;
+- the store that the ranks met in works without any group. The first rank holds it, or torchrun does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from bone_ds.errors import LostRankError
+from bone_ds.launch import Ranks
+
+ANSWER_S = 3.0
+"""How long the ranks that wait for others give each other to say so: they may have begun to wait at different times."""
+
+
+def limit(timeout_s: float) -> None:
+    """Of all operations of the groups that there are now."""
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
+def is_cause(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def described(error: RuntimeError, ranks: Ranks) -> LostRankError:
+    """Every rank that meets such an error asks; the lowest of them is to say what comes of it."""
+    hangs = "imed out" in str(error) or "timeout" in str(error)
+    here = _here(ranks)
+    if here is None:  # the first rank holds the store
+        here = list(range(1, ranks.world_size))
+    missing = [rank for rank in range(ranks.world_size) if rank not in here]
+    if not missing:
+        return LostRankError(f"ranks lost touch with each other: {' '.join(str(error).split())[:200]}", here[0] == ranks.rank, hangs)
+    which = f"rank {missing[0]} does" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))} do"
+    why = "not answer: it hangs, or its host is gone" if hangs else "not answer: its process or host is gone"
+    return LostRankError(f"{which} {why}", here[0] == ranks.rank, hangs)
+
+
+def _here(ranks: Ranks) -> list[int] | None:
+    """The ranks that ask too; None where the store does not answer."""
+    answer: list[list[int]] = []
+    # In a thread: no timeout of the store holds for each of its operations.
+    thread = threading.Thread(target=_ask, args=(ranks, answer), daemon=True)
+    thread.start()
+    thread.join(2 * ANSWER_S)
+    return answer[0] if answer else None
+
+
+def _ask(ranks: Ranks, answer: list[list[int]]) -> None:
+    with contextlib.suppress(RuntimeError):  # the rank that holds the store is gone
+        store = c10d._get_default_store()
+        store.set(f"bone_ds/waits/{ranks.rank}", "")
+        time.sleep(ANSWER_S)
+        answer.append([rank for rank in range(ranks.world_size) if store.check([f"bone_ds/waits/{rank}"])])
