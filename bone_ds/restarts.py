@@ -15,18 +15,15 @@ _NOT_BROKEN = (0, 2, STOPPED, *(128 + number for number in (signal.SIGHUP, signa
 
 
 def start(arguments: list[str], ranks: int, run: RunDirectory, max_restarts: int) -> int:
-    """As `launch.start`, up to so many times more: each where the run broke, has a checkpoint, and made a step since it was restarted."""
+    """As `launch.start`, up to so many times more: each where the run broke, and made a step since it was restarted."""
     arguments = [*arguments, "--max-restarts", "0"]  # a rank has no restarts of its own
     code = launch.start(arguments, ranks)
     for restart in range(1, max_restarts + 1):
         if code in _NOT_BROKEN:
             break
-        if not any(not path.suffix for path in run.checkpoints.glob("step-*")):
-            _say(f"exit code {code}, and no checkpoint to start from anew")
-            break
         _say(f"exit code {code}; restart {restart} of {max_restarts} from the last checkpoint")
         steps = _steps_recorded(run)
-        code = launch.start([*arguments, "--resume"], ranks)
+        code = launch.start([*arguments, *["--resume"] * run.config.exists()], ranks)
         if code not in _NOT_BROKEN and _steps_recorded(run) == steps:
             _say(f"exit code {code}; restart {restart} made no step, so there is no other")
             break
@@ -34,6 +31,8 @@ def start(arguments: list[str], ranks: int, run: RunDirectory, max_restarts: int
 
 
 def _steps_recorded(run: RunDirectory) -> int:
+    if not run.events.exists():
+        return 0
     with run.events.open(encoding="utf-8", errors="replace") as file:
         return sum(_is_step(line) for line in file)
 

@@ -54,7 +54,7 @@ class RunDirectory:
             raise ConfigError(f"output.directory: {self.path} is a file, not a directory")
         if isinstance(resume, Path) and not (resume / "manifest.json").exists():
             raise ConfigError(f"--resume: {resume} is no checkpoint (no manifest.json); name a step-N of a run's checkpoints/")
-        if self._goes_on(resume):
+        if self.goes_on(resume):
             self._check_same_run(config, self.path)
             return
         if self._holds_a_run():
@@ -62,7 +62,7 @@ class RunDirectory:
         if resume:
             self._check_same_run(config, resume)
 
-    def _goes_on(self, resume: bool | Path) -> bool:
+    def goes_on(self, resume: bool | Path) -> bool:
         """Whether the run is the one in the directory, rather than one that begins there."""
         return resume is True or bool(resume) and resume.resolve().parent == self.checkpoints.resolve()
 
@@ -102,7 +102,7 @@ class RunDirectory:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with run_lock.held(self.path):
-            if self.config.exists() and not self._goes_on(resume):
+            if self.config.exists() and not self.goes_on(resume):
                 raise self._not_empty()
             yield
 
@@ -113,6 +113,12 @@ class RunDirectory:
         publishing.write_text(self.config, dump_yaml(config))
         publishing.write_text(self.path / "deepspeed.json", json.dumps(ds, indent=2) + "\n")
         self._end_torn_line()
+
+    def began_from(self) -> Path | None:
+        """The checkpoint of another run that this one went on from when it began, if any."""
+        lines = self.events.read_text(encoding="utf-8", errors="replace").splitlines() if self.events.exists() else []
+        first = json.loads(lines[0]) if lines and lines[0].endswith("}") else {}
+        return Path(first["checkpoint"]) if first.get("checkpoint") else None
 
     def _end_torn_line(self) -> None:
         """A run that was killed may have left half a line: it stays, on a line of its own."""

@@ -97,7 +97,8 @@ def train(config: RunConfig, ranks: Ranks, resume: bool | Path = False, force: b
         if found:
             checkpoint.load(found.path, engine)
         # Before the run directory is filled: Weights & Biases may be refused. The other ranks report nothing.
-        monitor = Monitor(monitoring.placed(ds, run.path) if ranks.is_first else {}, first_step)
+        reported_to = monitoring.placed(ds, run.path) if ranks.is_first else {}
+        monitor = Monitor(reported_to, first_step if run.goes_on(resume) else None)
         beside = config.train.async_save if config.train.async_save is not None else device.type != "cpu"
         saver = held.enter_context(checkpoint.Saver(
             run.checkpoints, run.adapter, engine, origin, config.train.keep_checkpoints, config.train.keep_best, beside,
@@ -109,7 +110,7 @@ def train(config: RunConfig, ranks: Ranks, resume: bool | Path = False, force: b
             run.create(config, ds)
             with publishing.writing(run.log), run.log.open("a", encoding="utf-8") as log:
                 log.writelines(f"{line}\n" for line in plan_lines)
-            run.record("start", step=first_step, steps=steps, world_size=ranks.world_size, checkpoint=found and str(found.path),
+            run.record("start", step=first_step, steps=steps, world_size=ranks.world_size, checkpoint=found and str(found.path.absolute()),
                        **_provenance(engine, source, samples, held_out_samples, order))
 
         engines.by_first(begin)
@@ -121,6 +122,8 @@ def train(config: RunConfig, ranks: Ranks, resume: bool | Path = False, force: b
             progress.say(f"warning: zero_optimization.{' and '.join(fields)}: no memory is saved on a CPU, where all of it is the host's")
         if warning := resolution.context_warning(architecture, source, int(samples.lengths.max())):
             progress.say(warning)
+        if resume and not found:
+            progress.say("no checkpoint yet: begun anew")
         if found:
             more = "" if first_step < steps else ": nothing is left to do, ask for more train.steps or train.epochs"
             progress.say(f"resumed after step {first_step} of {steps}{more}")
@@ -289,7 +292,11 @@ def _taken(run: RunDirectory, held: ExitStack, resume: bool | Path, origin: Orig
     held.enter_context(run.locked(resume))
     if isinstance(resume, Path):
         return Found(resume, checkpoint.given(resume, origin).step)
-    return checkpoint.last_whole(run.checkpoints, origin) if resume else None
+    if not resume:
+        return None
+    found = checkpoint.last_whole(run.checkpoints, origin)
+    began_from = None if found else run.began_from()
+    return Found(began_from, checkpoint.given(began_from, origin).step) if began_from else found
 
 
 def _record_step(run: RunDirectory, monitor: Monitor, step: int, window, result: StepResult, rate: float, step_s: float, rates) -> None:

@@ -154,12 +154,14 @@ def test_torchrun_is_asked_to_stop(prepared, tmp_path):
 def stand_in(tmp_path, monkeypatch):
     """Starts of a run that end as told: [(exit code, steps made)]; returns what was started, and the run."""
     run, started, ends = RunDirectory(tmp_path / "run"), [], []
-    (run.checkpoints / "step-00000005").mkdir(parents=True)
-    run.events.write_text('{"event": "start"}\n')
+    run.path.mkdir()
 
     def start(arguments, ranks):
         started.append(arguments)
         code, steps = ends.pop(0)
+        if steps is None:  # it broke before it had loaded the model
+            return code
+        run.config.touch()
         with run.events.open("a") as file:
             file.write('{"event": "step"}\n' * steps + '{"event": "st')
             file.write("\n")
@@ -171,7 +173,8 @@ def stand_in(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("outcomes, code, starts", [
     ([(0, 9)], 0, 1), ([(1, 3), (137, 1), (0, 5)], 0, 3), ([(1, 3), (1, 3), (1, 3), (1, 3)], 1, 4), ([(2, 1)], 2, 1), ([(75, 1)], 75, 1),
-    ([(130, 1)], 130, 1), ([(143, 1)], 143, 1), ([(134, 3), (134, 0)], 134, 2), ([(1, 3), (2, 0)], 2, 2), ([(1, 0), (1, 1), (1, 0)], 1, 3)])
+    ([(130, 1)], 130, 1), ([(143, 1)], 143, 1), ([(134, 3), (134, 0)], 134, 2), ([(1, 3), (2, 0)], 2, 2), ([(1, 0), (1, 1), (1, 0)], 1, 3),
+    ([(1, 0), (1, 1), (0, 3)], 0, 3)])
 def test_restarts(stand_in, outcomes, code, starts, capsys):
     run, started, ends = stand_in
     ends += outcomes
@@ -183,12 +186,12 @@ def test_restarts(stand_in, outcomes, code, starts, capsys):
     assert ("made no step" in said) == (outcomes[-1][1] == 0 and code != 2)
 
 
-def test_no_restart_without_a_checkpoint(stand_in, capsys):
+def test_a_run_that_left_nothing_is_started_as_it_was(stand_in, capsys):
     run, started, ends = stand_in
-    (run.checkpoints / "step-00000005").rename(run.checkpoints / "step-00000005.partial")
-    ends += [(1, 3)]
-    assert restarts.start(["train", "a.yaml"], 2, run, 3) == 1 and len(started) == 1
-    assert capsys.readouterr().err == "bone-ds: exit code 1, and no checkpoint to start from anew\n"
+    ends += [(1, None), (1, None)]
+    assert restarts.start(["train", "a.yaml"], 2, run, 3) == 1
+    assert started == [["train", "a.yaml", "--max-restarts", "0"]] * 2
+    assert capsys.readouterr().err.endswith("bone-ds: exit code 1; restart 1 made no step, so there is no other\n")
 
 
 def test_restarts_belong_to_the_command_alone(prepared, alone, capsys):

@@ -120,6 +120,21 @@ def test_none_is_whole(tree, run):
     assert "\n" not in str(error.value) and sorted(run.path.rglob("*")) == before
 
 
+def test_none_yet(tree, run, whole, capsys):
+    """A run that was killed before its first checkpoint, and one that had begun from another's."""
+    shutil.rmtree(run.checkpoints)
+    run.adapter.unlink()
+    train(validate(tree(run.path), "case"), ALONE, resume=True)
+    assert "no checkpoint yet: begun anew" in capsys.readouterr().out
+    assert losses(run) == losses(whole) and adapters_are_equal(run, whole) and [event["step"] for event in events(run, "start")] == [0, 0]
+    begun_from_another = RunDirectory(run.path.with_name("other"))
+    train(validate(tree(begun_from_another.path), "case"), ALONE, resume=whole.checkpoints / "step-00000003")
+    shutil.rmtree(begun_from_another.checkpoints)
+    train(validate(tree(begun_from_another.path), "case"), ALONE, resume=True)
+    assert [event["step"] for event in events(begun_from_another, "start")] == [3, 3]
+    assert adapters_are_equal(begun_from_another, whole)
+
+
 def test_an_earlier_one_by_name(tree, run, whole, capsys):
     train(validate(tree(run.path, keep_checkpoints=2), "case"), ALONE, resume=run.checkpoints / "step-00000002")
     assert losses(run) == losses(whole) and adapters_are_equal(run, whole) and steps(run) == [3, 4]

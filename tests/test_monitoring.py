@@ -170,13 +170,13 @@ def test_weights_and_biases_is_told_what_events_hold(wandb, alone):
         (step, name, value) for name, points in series.items() for step, value in points)
 
 
-def test_a_start_that_weights_and_biases_refuses_leaves_nothing_behind(wandb, alone):
+def test_a_start_that_weights_and_biases_refuses_leaves_its_lock_alone(wandb, alone):
     config, _ = wandb("raise RuntimeError('api_key not configured (no-tty).\\ncall wandb.login()')")
     with pytest.raises(ConfigError) as error:
         train(config, alone)
     assert str(error.value) == ("deepspeed.config: wandb: api_key not configured (no-tty). call wandb.login(); run `wandb login`, "
                                 "or set wandb.enabled to false")
-    assert not Path(config.output.directory).exists()
+    assert [path.name for path in Path(config.output.directory).iterdir()] == ["lock"]
 
 
 @pytest.mark.parametrize("name", monitoring.SECTIONS)

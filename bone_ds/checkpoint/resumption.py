@@ -23,11 +23,11 @@ class Found:
     """Later ones that were passed over."""
 
 
-def last_whole(directory: Path, origin: Origin) -> Found:
+def last_whole(directory: Path, origin: Origin) -> Found | None:
     """The latest checkpoint of which every byte is as it was written; a warning tells of each later one what is wrong with it.
 
-    Raises CheckpointError where none is whole, and where the first whole one is of another base, of other data or in another format:
-    those before it are too.
+    None where there is no checkpoint yet. Raises CheckpointError where none is whole, and where the first whole one is of another base,
+    of other data or in another format: those before it are too.
     """
     reasons: dict[Path, str] = {}
     for path in reversed(retention.existing(directory)):
@@ -40,7 +40,7 @@ def last_whole(directory: Path, origin: Origin) -> Found:
             logging.getLogger("bone_ds").warning(f"--resume: passed over: {reason}")
         return Found(path, manifest.step, tuple(reasons))
     if not reasons:
-        raise CheckpointError(f"--resume: {directory} holds no checkpoint; start without --resume in another directory")
+        return None
     raise CheckpointError(f"--resume: {directory} holds no whole checkpoint: {'; '.join(reasons.values())}")
 
 

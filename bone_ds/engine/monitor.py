@@ -23,8 +23,8 @@ _KINDS = {"wandb": WandbMonitor, "tensorboard": TensorBoardMonitor, "csv_monitor
 class Monitor:
     """Silent where no section is on."""
 
-    def __init__(self, sections: dict[str, dict], first_step: int):
-        """first_step: how many steps the run has done, 0 unless it is resumed; what was reported of later ones is forgotten.
+    def __init__(self, sections: dict[str, dict], first_step: int | None):
+        """first_step: how many steps the run has done if it reported to the same place before; what it did of later ones is forgotten.
 
         Raises ConfigError where Weights & Biases can't start, and OSError where files can't be written.
         """
@@ -34,12 +34,12 @@ class Monitor:
         self._monitors = {name: _started(name, getattr(config, name)) for name in names}
         if csv := self._monitors.get("csv_monitor"):
             _go_on(csv, first_step)
-        if first_step and (tensorboard := self._monitors.get("tensorboard")):
+        if first_step is not None and (tensorboard := self._monitors.get("tensorboard")):
             _hide_after(tensorboard, first_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Values by names like train/loss, which group them; of a step that a resumed run has reported before, nothing."""
-        if self._first_step and step <= self._first_step:
+        if self._first_step is not None and step <= self._first_step:
             return
         for monitor in self._monitors.values():
             monitor.write_events([(name, value, step) for name, value in values.items()])
@@ -55,10 +55,10 @@ def _started(name: str, section):
         raise ConfigError(f"deepspeed.config: wandb: {said}; run `wandb login`, or set wandb.enabled to false") from None
 
 
-def _go_on(csv: csvMonitor, first_step: int) -> None:
+def _go_on(csv: csvMonitor, first_step: int | None) -> None:
     """In the files of the run before, which have their header."""
     paths = sorted(Path(csv.log_dir).glob("*.csv"))
-    for path in paths if first_step else ():
+    for path in paths if first_step is not None else ():
         _drop_rows_after(path, first_step)
     csv.filenames = [path.stem for path in paths if path.stat().st_size]
 
