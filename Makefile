@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow clean
+.PHONY: demo test test-slow test-faults clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m bone_ds.demo
@@ -17,6 +17,10 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
+# Kills, damages and starves runs, for two hours at most; rows in .faults/. docs/faults.md.
+test-faults: $(INSTALLED)
+	$(BIN)/python -m tests.faults
+
 # torch first and exactly, so that a build which is at hand is taken rather than the newest one with its gigabytes of CUDA.
 # For a build of your own, make .venv and install it there before.
 $(INSTALLED): setup.py pyproject.toml rwkv_adapters/wkv6/kernel.c
@@ -26,4 +30,4 @@ $(INSTALLED): setup.py pyproject.toml rwkv_adapters/wkv6/kernel.c
 	touch $(INSTALLED)
 
 clean:
-	rm -rf $(VENV) .demo build *.egg-info
+	rm -rf $(VENV) .demo .faults build *.egg-info
