@@ -4,8 +4,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import tiny
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from started import Started, events
 from tiny_llama import save_tiny, tiny_tokens
 
 from bone_ds import engine as engines
@@ -26,57 +25,11 @@ from bone_ds.launch import Ranks
 from bone_ds.run_directory import RunDirectory
 from bone_ds.stopping import STOPPED, StopRequest
 
-ROOT = Path(__file__).parents[1]
-MARK = "RUN_UNDER_TEST"
-"""A variable that its processes are found by."""
 STEPS = 20_000
 """Of a run that is to be ended from outside."""
 
 
-def events(run: Path, kind: str) -> list[dict]:
-    if not (run / "events.jsonl").exists():
-        return []
-    lines = (run / "events.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
-
-
 # Whole runs on two ranks.
-
-
-class Started:
-    """A command that trains in the directory's `run`."""
-
-    def __init__(self, directory: Path, command: list[str]):
-        self.run, self.steps_before = directory / "run", len(events(directory / "run", "step"))
-        self.errors = directory / "errors.txt"
-        environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", MARK: str(self.run)}
-        with self.errors.open("w") as file:
-            self.process = subprocess.Popen([sys.executable, "-m", *command], cwd=directory, stdout=subprocess.DEVNULL, stderr=file,
-                                            env=environ)
-
-    def wait_for_steps(self, more: int) -> None:
-        deadline = time.monotonic() + 100
-        while len(events(self.run, "step")) < self.steps_before + more:
-            assert self.process.poll() is None and time.monotonic() < deadline, self.errors.read_text()
-            time.sleep(0.05)
-
-    def ranks(self) -> dict[int, int]:
-        """Rank -> process id, of all that have not ended."""
-        found = {}
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                variables = dict(pair.partition("=")[::2] for pair in (path / "environ").read_text().split("\0"))
-                command = (path / "cmdline").read_text()
-            except OSError:
-                continue
-            if variables.get(MARK) == str(self.run) and "bone_ds\0train" in command and "RANK" in variables:
-                found[int(variables["RANK"])] = int(path.name)
-        return found
-
-    def ends(self) -> tuple[int, str]:
-        code = self.process.wait(timeout=60)
-        assert self.ranks() == {}
-        return code, self.errors.read_text()
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from faults.harness import PACKAGES, Harness, SkippedError
 from rows import Results, Row
+
+from faults.harness import PACKAGES, Harness, SkippedError
 
 PARTS = ("damage", "phases", "hosts", "kills")
 
