@@ -105,8 +105,8 @@ def train(config: RunConfig, ranks: Ranks, resume: bool | Path = False, force: b
             lambda saved: _record_saved(run, saved)))
 
         def begin() -> None:
-            if found:
-                checkpoint.settle(run.checkpoints, found.step, found.damaged)
+            if resume:
+                checkpoint.settle(run.checkpoints, first_step, found.damaged if found else ())
             run.create(config, ds)
             with publishing.writing(run.log), run.log.open("a", encoding="utf-8") as log:
                 log.writelines(f"{line}\n" for line in plan_lines)

@@ -123,9 +123,12 @@ def test_none_is_whole(tree, run):
 def test_none_yet(tree, run, whole, capsys):
     """A run that was killed before its first checkpoint, and one that had begun from another's."""
     shutil.rmtree(run.checkpoints)
+    (run.checkpoints / "step-00000007.partial").mkdir(parents=True)
     run.adapter.unlink()
     train(validate(tree(run.path), "case"), ALONE, resume=True)
-    assert "no checkpoint yet: begun anew" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no checkpoint yet: begun anew" in said and "step-00000007.partial: was never finished, removed" in said
+    assert not any(run.checkpoints.glob("*.partial"))
     assert losses(run) == losses(whole) and adapters_are_equal(run, whole) and [event["step"] for event in events(run, "start")] == [0, 0]
     begun_from_another = RunDirectory(run.path.with_name("other"))
     train(validate(tree(begun_from_another.path), "case"), ALONE, resume=whole.checkpoints / "step-00000003")

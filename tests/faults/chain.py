@@ -111,15 +111,13 @@ def _left_alone(directory: Path) -> float:
 
 
 class _Start:
-    """One start of the run: with --resume where a checkpoint is there, else anew, as the documentation has it."""
+    """One start of the run: with --resume as soon as it has written its config."""
 
     def __init__(self, directory: Path, setting: Setting):
         self.setting, self.run = setting, RunDirectory(directory / "run")
         self.last = max(map(_step, checkpoint.existing(self.run.checkpoints)), default=0)
         """The step of the last checkpoint that was there before."""
-        if not self.last and self.run.config.exists():
-            shutil.rmtree(self.run.path)
-        self.started = Started(directory, [*COMMAND, *["--resume"] * bool(self.last)])
+        self.started = Started(directory, [*COMMAND, *["--resume"] * self.run.config.exists()])
         self.watch = Watch(self.started)
 
     def comes_to(self, moment: str, kills_left: int, starting_s: float, draw: random.Random) -> bool:
