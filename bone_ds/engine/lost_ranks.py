@@ -10,6 +10,7 @@ Facts about torch 2.13 that shape this module:
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 import time
 from datetime import timedelta
@@ -59,8 +60,18 @@ def _here(ranks: Ranks) -> list[int] | None:
 
 
 def _ask(ranks: Ranks, answer: list[list[int]]) -> None:
-    with contextlib.suppress(RuntimeError):  # the rank that holds the store is gone
+    with contextlib.suppress(RuntimeError, OSError):  # the rank that holds the store is gone
         store = c10d._get_default_store()
+        _reach(store)
         store.set(f"bone_ds/waits/{ranks.rank}", "")
         time.sleep(ANSWER_S)
+        _reach(store)
         answer.append([rank for rank in range(ranks.world_size) if store.check([f"bone_ds/waits/{rank}"])])
+
+
+def _reach(store: dist.Store) -> None:
+    """Raises OSError where nobody holds the store any more: asked itself, it prints the frames of torch's own failure first."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    if isinstance(store, dist.TCPStore):
+        socket.create_connection((store.host, store.port), timeout=ANSWER_S).close()

@@ -213,7 +213,8 @@ def _says_wrongly(ranks: list[int], code: int, errors: list[str]) -> list[str]:
     if not ranks:
         return [] if (code, errors) == (-signal.SIGKILL, []) else [f"exit code {code}, said {errors}"]
     lines = [f"bone-ds: rank {rank} was killed by signal 9 (SIGKILL), the others were ended" for rank in ranks]
-    if code == 128 + signal.SIGKILL and len(errors) == 1 and errors[0] in lines:
+    said = len(errors) == 2 and errors[0] in lines and errors[1].startswith("SIGKILL is what the system sends when memory runs out: ")
+    if code == 128 + signal.SIGKILL and said:
         return []
     return [f"exit code {code}, said {errors}"]
 
