@@ -129,12 +129,14 @@ class _Start:
 
     def is_killed(self, victim: str, draw: random.Random) -> dict:
         """The row of a kill: what was there, what is left, and what of that is not as it must be."""
-        ranks = self.watch.ranks()
+        ranks, was_saving = self.watch.ranks(), self.watch.is_saving()
         chosen = {LAUNCHER: [], ONE_RANK: draw.sample(sorted(ranks), min(1, len(ranks))), BOTH_RANKS: sorted(ranks)}[victim]
         for process in [ranks[rank] for rank in chosen] or [self.started.process.pid]:  # where there are no ranks yet, the command
             os.kill(process, signal.SIGKILL)
         ended_s = self._others_end()
         self.watch.look()
+        # A first rank that was left has finished what it wrote.
+        was_saving = was_saving and (chosen == [1] or self.watch.is_saving())
         errors = self.started.errors.read_text().splitlines()
         published, not_whole = self._published()
         problems = [*not_whole, *self._adapter_is_damaged(), *self._went_on_wrongly(), *self._lost(published),
@@ -143,7 +145,7 @@ class _Start:
             problems.append(f"processes were left after {ended_s:.0f} s")
         return {
             "victim": victim if chosen else LAUNCHER, "ranks": chosen, "step": self.watch.step, "others_ended_s": round(ended_s, 2),
-            "saving": self.watch.begun if self.watch.is_saving() else None,
+            "saving": self.watch.begun if was_saving else None,
             "unfinished": sorted(path.name for path in self.run.path.rglob("*.partial")), "errors": errors, "published": published,
             "not_whole": len(not_whole), **self._said(), "problems": problems, "ok": not problems}
 
