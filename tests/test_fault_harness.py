@@ -14,7 +14,7 @@ def test_a_run_that_is_killed_three_times_is_the_run_that_never_was(tmp_path):
     (row,) = harness.results.measured.values()
     assert row["ok"], json.dumps(row, indent=1)
     assert [kill["victim"] for kill in row["kills"]] == ["launcher", "one rank", "both ranks"]
-    assert row["kills"][0]["saving"] and row["kills"][2]["saving"] and row["steps_compared"] == 16
+    assert row["kills"][0]["saving"] and row["kills"][2]["saving"] and row["steps_compared"] == 12
 
 
 def fault(ok=True, raises=None):

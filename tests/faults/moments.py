@@ -12,7 +12,7 @@ from pathlib import Path
 
 from started import Started
 
-LONGEST_S = 300
+LONGEST_S = 900
 """That anything may take before it counts as hung."""
 _ASIDE = re.compile(r"step-(\d+)\.partial")
 
