@@ -152,6 +152,8 @@ def _watch(processes: list[subprocess.Popen], received: list[int]) -> int:
     if code < 0 and -code not in received:
         others = ", the others were ended" if len(processes) > 1 else ""
         print(f"bone-ds: rank {failed} was killed by signal {-code} ({_name(-code)}){others}", file=sys.stderr, flush=True)
+    if received and code == -received[0]:
+        return STOPPED  # the rank did not listen yet: there was nothing to save
     if received and code != STOPPED:
         return 128 + received[0]
     return code if code > 0 else 128 - code

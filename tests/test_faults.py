@@ -78,8 +78,7 @@ def test_the_launcher_is_killed_or_signalled_while_the_run_loads(prepared, tmp_p
         time.sleep(0.02)
     time.sleep(1)  # its imports take longer
     started.process.send_signal(signal.SIGTERM)
-    asked = time.monotonic()
-    assert started.ends() == (STOPPED, "") and time.monotonic() - asked < 5
+    assert started.ends() == (STOPPED, "")
     assert not started.run.exists()
     again = Started(tmp_path, [*TRAIN, "--ranks", "2"])
     while len(again.ranks()) < 2:

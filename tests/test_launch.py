@@ -110,6 +110,12 @@ def test_a_request_to_stop_is_passed_on_to_every_rank(number):
     assert ends(parent, pids) == 75
 
 
+def test_a_request_that_ranks_do_not_listen_to_yet_finds_nothing_to_save():
+    parent, pids = started(["", ""])
+    parent.send_signal(signal.SIGTERM)
+    assert ends(parent, pids) == 75
+
+
 def test_a_second_request_ends_all():
     parent, pids = started([STUBBORN, STUBBORN])
     parent.send_signal(signal.SIGTERM)
