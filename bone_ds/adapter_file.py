@@ -26,6 +26,8 @@ from bone_ds.errors import CheckpointError
 
 FORMAT_VERSION = 1
 _KEY, _DIGEST = "bone_ds", "sha256"
+_KINDS = {"targets": list, "base_fingerprint": str, "step": int}
+"""Of the fields that are no part of a config."""
 _LATER = {"form", "groups"}
 """Fields that files written before them don't have."""
 
@@ -96,6 +98,8 @@ def read(path: Path) -> tuple[Header, dict[str, Tensor]]:
     with _opened(path) as file:
         metadata = file.metadata() or {}
         header = _header(path, metadata)
+        for name in file.keys():
+            _check_dtype(path, name, file.get_slice(name).get_dtype())
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors")
@@ -111,6 +115,8 @@ def outline(path: Path) -> tuple[Header, dict[str, Tensor]]:
     header = _header(path, metadata)
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors")
+    for name, tensor in tensors.items():
+        _check_dtype(path, name, "F32" if tensor.dtype == torch.float32 else str(tensor.dtype).removeprefix("torch."))
     if header.method != "full":
         for name, tensor in tensors.items():
             _check_shape(path, header, name, tensor)
@@ -180,9 +186,14 @@ def _digest(fields: dict, tensors: dict[str, Tensor]) -> str:
 def check_describes_adapter(path: Path, header: Header, origin: str) -> None:
     """Raises CheckpointError where the fields, which `origin` in the file at `path` gave, go not together or are of another type."""
     try:
-        _ = header.adapter, header.model
+        layers, _ = header.adapter.layers, header.model
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {origin} describes no adapter: {_first_problem(error)}") from None
+    odd = next((field for field, kind in _KINDS.items() if not isinstance(getattr(header, field), kind)), None)
+    if layers is not None and not 0 <= layers[0] < layers[1]:
+        odd = "layers"
+    if odd is not None:
+        raise CheckpointError(f"{path}: {origin} describes no adapter: {odd}: {getattr(header, odd)!r:.60}")
 
 
 def _first_problem(error: ValueError | TypeError) -> str:
@@ -190,6 +201,12 @@ def _first_problem(error: ValueError | TypeError) -> str:
         return str(error)
     problem = error.errors()[0]
     return f"{'.'.join(map(str, problem['loc']))}: {problem['input']!r}: {problem['msg']}"
+
+
+def _check_dtype(path: Path, name: str, dtype: str) -> None:
+    """dtype: as safetensors names it."""
+    if dtype != "F32":
+        raise CheckpointError(f"{path}: {name}: is {dtype}, an adapter's tensors are F32")
 
 
 def _check_tensor(path: Path, header: Header, name: str, tensor: Tensor) -> None:

@@ -96,6 +96,10 @@ def _with_resume_alone(given: list[str]) -> list[str]:
     return kept + ["--resume"] * bool(before_another)
 
 
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bone-ds", description="Fine-tune language models with Bone adapters on DeepSpeed.")
     parser.add_argument("--version", action="version", version=f"bone-ds {__version__}")
@@ -106,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="YAML file; `bone-ds config` shows every field")
     train.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="replaces a field of the file")
     train.add_argument("--ranks", type=int, help="local processes to start (default: all GPUs, or 1)")
-    train.add_argument("--resume", nargs="?", const=True, default=False, type=lambda path: Path(path).expanduser(), metavar="PATH",
+    train.add_argument("--resume", nargs="?", const=True, default=False, type=_path, metavar="PATH",
                        help="continue the run in output.directory from its last whole checkpoint; or from PATH, a checkpoints/step-N of "
                             "this run, or of another like it for a new directory")
     train.add_argument("--max-restarts", type=int, default=0, metavar="N",
@@ -261,7 +265,7 @@ def _check_paths(config: RunConfig) -> None:
         raise ConfigError(f"output.directory: {config.output.directory}: can't be made, {above} is no directory to write to")
     model = config.model.path
     looks_like_a_path = model.startswith((".", "/", "~")) or model.endswith((".gguf", ".pth", ".safetensors")) or model.count("/") > 1
-    if looks_like_a_path and not Path(model).expanduser().exists():
+    if looks_like_a_path and not _path(model).exists():
         raise CheckpointError(f"model.path: {model}: there is no such file or directory")
 
 
@@ -320,7 +324,7 @@ def _plan(options: argparse.Namespace, given: list[str]) -> int:
     config = load_config(options.config, options.overrides)
     if options.ranks is not None and options.ranks < 1:
         raise ConfigError(f"--ranks: {options.ranks} is no number of ranks, give 1 or more")
-    capacity_bytes = options.device_memory and parse_bytes("--device-memory", options.device_memory)
+    capacity_bytes = None if options.device_memory is None else parse_bytes("--device-memory", options.device_memory)
     gpus = launch.count_gpus()
     world_size = options.ranks or max(1, gpus)
     device = options.device or ("cuda" if gpus or capacity_bytes else "cpu")

@@ -132,10 +132,10 @@ def _put_out(options: argparse.Namespace, prompts: list[str], completions: list[
 
 def _loaded(options: argparse.Namespace) -> Loaded:
     from bone_ds import generate
-    from bone_ds.config import ModelConfig
+    from bone_ds.config import model_of
 
-    cache = {"cache_dir": options.cache_dir} if options.cache_dir else {}
-    model = ModelConfig(path=options.model, dtype=options.dtype, tokenizer=options.tokenizer, wkv=options.wkv, **cache)
+    cache = {} if options.cache_dir is None else {"cache_dir": options.cache_dir}
+    model = model_of(path=options.model, dtype=options.dtype, tokenizer=options.tokenizer, wkv=options.wkv, **cache)
     return generate.load(model, options.adapter)
 
 

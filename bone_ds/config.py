@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import reprlib
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError, PydanticKnownError
 
 from bone_ds.errors import ConfigError
 
@@ -26,15 +28,45 @@ def _as_tuple(value: Any) -> Any:
 Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_tuple)]
 
 
+LARGEST = 2**63 - 1
+"""Of whole numbers: what files, tensors and iterators count with."""
+_NO_TEXT = "holds what files and tokenizers don't take, \\0 or half a surrogate pair"
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _refuse_what_nothing_takes(cls, value: Any) -> Any:
+        for one in _leaves(value):
+            if isinstance(one, int) and one > LARGEST:
+                raise PydanticKnownError("less_than_equal", {"le": LARGEST})
+            if isinstance(one, str) and not _is_plain(one):
+                raise PydanticCustomError("text", _NO_TEXT)
+        return value
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Numbers and texts of a field; a section in it has looked at its own."""
+    if isinstance(value, dict):
+        value = (*value, *value.values())
+    if isinstance(value, tuple):
+        for one in value:
+            yield from _leaves(one)
+    else:
+        yield value
+
+
+def _is_plain(text: str) -> bool:
+    return not any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text)
 
 
 class ModelConfig(Section):
     path: str = Field(
         description="Llama: a Hugging Face directory, a hub id, or a .gguf file (converted once, then cached). "
                     "RWKV6: an official .pth, or a .safetensors file of the same tensors.", min_length=1)
-    revision: str | None = Field(None, description="Hub branch, tag or commit; the commit it names is recorded in the run.")
+    revision: str | None = Field(None, min_length=1, description="Hub branch, tag or commit; the commit it names is recorded in the run.")
     architecture: Literal["auto", "llama", "rwkv"] = Field("auto", description="Which adapter package reads the model.")
     tokenizer: str = Field(
         "auto", min_length=1,
@@ -43,7 +75,7 @@ class ModelConfig(Section):
     wkv: Literal["auto", "naive", "chunked", "c", "fla"] = Field(
         "auto", description="RWKV6: which operator computes WKV, with equal results; auto takes fla on a GPU, c on a CPU, else chunked.")
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="Dtype of the frozen weights and of the forward pass.")
-    cache_dir: str = Field("~/.cache/bone_ds", description="Where a converted GGUF model and tokenised data are kept.")
+    cache_dir: str = Field("~/.cache/bone_ds", min_length=1, description="Where a converted GGUF model and tokenised data are kept.")
 
 
 class AdapterConfig(Section):
@@ -59,10 +91,10 @@ class AdapterConfig(Section):
     form: Literal["affine", "hadamard", "unconstrained"] = Field(
         "affine", description="What a block W gains: affine W B + B; hadamard W * B + B, elementwise; unconstrained W A + C, two matrices "
                               "in place of one. The last two are the paper's ablations, for grouping row, col and free.")
-    rank: int = Field(64, ge=1, description="Bone block size r, or LoRA rank.")
+    rank: int = Field(64, ge=1, le=2**16, description="Bone block size r, or LoRA rank.")
     parameters: int | None = Field(
-        None, ge=1, description="In place of rank: take the largest one that trains at most so many parameters.")
-    alpha: float | None = Field(None, gt=0, description="LoRA scale numerator (scale = alpha / rank); default rank. Not for bone.")
+        None, ge=1, le=10**12, description="In place of rank: take the largest one that trains at most so many parameters.")
+    alpha: float | None = Field(None, gt=0, le=1e6, description="LoRA scale numerator (scale = alpha / rank); default rank. Not for bone.")
     strategy: Literal["auto", "materialized", "checkpointed", "fused", "factored"] = Field(
         "auto", description="How Bone is computed, with equal results: auto takes the cheapest, factored for row, left and miss, fused "
                             "for col and hadamard, for free the one that has fewer products.")
@@ -91,9 +123,9 @@ class MixtureSource(Section):
     path: str = Field(description="A file, a directory or a hub id, as in data.train.", min_length=1)
     weight: float = Field(1.0, gt=0, description="Its share of an epoch's samples is this over the sum of all weights.")
     samples: int | None = Field(None, ge=1, description="Use only the first so many rows.")
-    subset: str | None = Field(None, description="As data.subset.")
-    split: str | None = Field(None, description="As data.train_split.")
-    revision: str | None = Field(None, description="As data.revision.")
+    subset: str | None = Field(None, min_length=1, description="As data.subset.")
+    split: str | None = Field(None, min_length=1, description="As data.train_split.")
+    revision: str | None = Field(None, min_length=1, description="As data.revision.")
     prompt: PromptName | None = Field(None, description="As data.prompt.")
     fields: dict[str, str] | None = Field(None, description="As data.fields.")
     template: str | None = Field(None, description="As data.template.")
@@ -117,10 +149,12 @@ class DataConfig(Section):
     eval: Texts = Field(default=(), description="Held-out data, as data.train. Without it no held-out loss is measured.")
     train_samples: int | None = Field(None, ge=1, description="Use only the first so many rows of data.train.")
     eval_samples: int | None = Field(None, ge=1, description="Use only the first so many rows of data.eval.")
-    subset: str | None = Field(None, description="Directories and hub ids: which configuration of the data set; default its own.")
+    subset: str | None = Field(
+        None, min_length=1, description="Directories and hub ids: which configuration of the data set; default its own.")
     train_split: str = Field("train", min_length=1, description="Directories and hub ids: the split that data.train takes.")
     eval_split: str = Field("test", min_length=1, description="Directories and hub ids: the split that data.eval takes.")
-    revision: str | None = Field(None, description="Hub ids: branch, tag or commit; the commit it names is recorded in the run.")
+    revision: str | None = Field(
+        None, min_length=1, description="Hub ids: branch, tag or commit; the commit it names is recorded in the run.")
     prompt: PromptName = Field(
         "metamath",
         description="metamath: query/response. instruction: instruction/input/output. wizardlm: instruction/output. code: query/answer "
@@ -137,7 +171,7 @@ class DataConfig(Section):
         None, min_length=1, description="For prompt: chat: a Jinja template or a .jinja file, in place of the tokenizer's own.")
     drop_after_code: bool = Field(
         False, description="Leave out what follows the completion's first fenced code block; prompt: code always does.")
-    max_length: int = Field(512, ge=8, description="Longest sample, and the size of a pack, in tokens.")
+    max_length: int = Field(512, ge=8, le=2**24, description="Longest sample, and the size of a pack, in tokens.")
     overlong: Literal["truncate", "drop", "split"] | None = Field(
         None, description="What happens to a longer sample; each is counted and reported. split: cut into samples, for prompt: text, "
                           "where it is the default; else that is truncate.")
@@ -173,12 +207,16 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    steps: int | None = Field(None, ge=1, description="Optimizer steps; give this or train.epochs.")
-    epochs: int | None = Field(None, ge=1, description="Passes over the data; give this or train.steps (default 1 epoch).")
-    global_batch_size: int = Field(8, ge=1, description="Packs (samples without packing) in one optimizer step, over all ranks.")
-    micro_batch_size: int = Field(1, ge=1, description="Packs (samples) in one forward pass on one rank; accumulation follows from it.")
+    steps: int | None = Field(None, ge=1, le=10**9, description="Optimizer steps; give this or train.epochs.")
+    epochs: int | None = Field(
+        None, ge=1, le=10**5, description="Passes over the data; give this or train.steps (default 1 epoch).")
+    global_batch_size: int = Field(
+        8, ge=1, le=2**31, description="Packs (samples without packing) in one optimizer step, over all ranks.")
+    micro_batch_size: int = Field(
+        1, ge=1, le=2**16, description="Packs (samples) in one forward pass on one rank; accumulation follows from it.")
     learning_rate: float = Field(
-        1e-4, gt=0, description="Peak learning rate. The best one goes with the method: LoRA's is about 10 times Bone's, state's 0.1 to 1.")
+        1e-4, gt=0, le=100,
+        description="Peak learning rate. The best one goes with the method: LoRA's is about 10 times Bone's, state's 0.1 to 1.")
     schedule: Literal["cosine", "linear", "constant", "cosine_restarts", "exponential"] = Field(
         "cosine", description="Course of the learning rate after the warm-up; cosine_restarts falls train.cycles times from the peak.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
@@ -189,7 +227,7 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay on the adapter.")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment decay.")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment decay.")
-    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    eps: float = Field(1e-8, gt=0, le=1, description="AdamW's epsilon.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the global gradient norm to this; 0 is no clipping.")
     activation_checkpointing: Literal["auto", "none", "bone", "layer", "bone+layer"] = Field(
         "auto", description="Recomputed in backward: nothing, each Bone layer, each whole layer, or both, one within the other; auto takes "
@@ -202,15 +240,16 @@ class TrainConfig(Section):
     chunk_length: int | None = Field(
         None, ge=16, description="RWKV6: run so many tokens at a time and carry the state on, without gradient; default whole sequences.")
     l2wrap: float = Field(
-        0.0, ge=0, description="Pull on the largest logit of each loss-bearing position, added to its gradient (RWKV trains with 1e-4).")
+        0.0, ge=0, le=1,
+        description="Pull on the largest logit of each loss-bearing position, added to its gradient (RWKV trains with 1e-4).")
     seed: int = Field(0, ge=0, lt=2**63, description="Order of the data, and LoRA's first matrix.")
     on_nan: Literal["stop", "skip"] = Field(
         "stop", description="A step whose loss or gradient is NaN or infinite changes no weight; stop ends the run there, skip passes over "
                             "its samples. Both write down which these are.")
     max_skipped: int | None = Field(None, ge=1, description="on_nan skip: end the run where more steps in a row are so; default 10.")
     collective_timeout_s: float = Field(
-        600, gt=0, description="How long ranks wait for each other in a step, a held-out loss or a checkpoint before they end and name the "
-                               "one that does not answer.")
+        600, ge=1, le=10**7, description="How long ranks wait for each other in a step, a held-out loss or a checkpoint before they end "
+                                         "and name the one that does not answer.")
     eval_every: int = Field(
         50, ge=0, description="Steps between held-out losses (also before the first and after the last step); 0 is never.")
     log_norms_every: int = Field(
@@ -292,6 +331,9 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
         yield from _conflicts_of_bone(adapter)
     if adapter.layers is not None and not 0 <= adapter.layers[0] < adapter.layers[1]:
         yield f"adapter.layers: {list(adapter.layers)} is no range, give [first, last) with 0 <= first < last"
+    for field, path in (("model.cache_dir", config.model.cache_dir), ("output.directory", config.output.directory)):
+        if path.startswith("~") and os.path.expanduser(path) == path:
+            yield f"{field}: {_shortened(path)}: this machine knows no such home directory; write the path out"
     yield from _data_conflicts(data)
     if data.eval_samples is not None and not data.eval:
         yield f"data.eval_samples: {data.eval_samples} without data.eval; name a held-out file"
@@ -310,6 +352,9 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
     if train.global_batch_size % train.micro_batch_size:
         yield (f"train.global_batch_size: {train.global_batch_size} is no multiple of "
                f"train.micro_batch_size: {train.micro_batch_size}")
+    if train.learning_rate * train.weight_decay >= 1:
+        yield (f"train.weight_decay: {train.weight_decay} times train.learning_rate: {train.learning_rate} is what every weight loses in a "
+               "step, all of it or more; lower one")
     if train.schedule == "constant" and train.final_lr_ratio:
         yield f"train.final_lr_ratio: {train.final_lr_ratio} has no effect with train.schedule: constant; remove it"
     if train.schedule == "exponential" and not train.final_lr_ratio:
@@ -360,7 +405,16 @@ def _wording_conflicts(place: str, data: DataConfig) -> Iterator[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with two repairs: 1e-4 is a number, and a key given twice is an error."""
+    """YAML 1.1 with repairs: 1e-4 is a number, 064 (eight times six and four) and 1:30 (ninety) are none, and a key given twice, or a
+    scalar that is not what its form or tag says, is an error in its line."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # 2024-02-30; !!bool x
+            raise yaml.constructor.ConstructorError(
+                problem=f"{_shortened(node.value)} is no {node.tag.rpartition(':')[2]}; put text in quotes",
+                problem_mark=node.start_mark) from None
 
 
 class _Dumper(yaml.SafeDumper):
@@ -372,11 +426,17 @@ for _class in (_Loader, _Dumper):
         "tag:yaml.org,2002:float",
         re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)$"),
         list("-+0123456789"))
+_INTEGER = "tag:yaml.org,2002:int"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag != _INTEGER] for first, resolvers in _Loader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(_INTEGER, re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789"))
 
 
 def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict:
     seen = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: << is not read; write the fields out")
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
             raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key {key!r} is no text")
@@ -432,11 +492,11 @@ def _apply_override(tree: dict, override: str) -> None:
         raise ConfigError(f"override {override!r}: write section.key=value, for example train.steps=100")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: {text!r} is no YAML value; quote it") from None
+    except (yaml.YAMLError, RecursionError):
+        raise ConfigError(f"override {_shortened(override)}: {_shortened(text)} is no YAML value; quote it") from None
     fields = tree.setdefault(section, {})
     if not isinstance(fields, dict):
-        raise ConfigError(f"override {override!r}: the file's {section}: is {fields!r}, not a section")
+        raise ConfigError(f"override {override!r}: the file's {section}: is {_shortened(fields)}, not a section")
     fields[field] = value
 
 
@@ -448,6 +508,7 @@ _WORDING = {
     "too_long": "the list has too many items",
     "string_type": "give text, in quotes where YAML takes it for something else",
     "string_too_short": "is empty",
+    "string_unicode": _NO_TEXT,
     "bool_type": "give true or false",
     "int_type": "give a whole number",
     "float_type": "give a number",
@@ -472,15 +533,29 @@ def _describe(detail: ErrorDetails) -> str:
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
         return f"{field}: is no such field; {hint}"
     if kind == "literal_error":
-        near = difflib.get_close_matches(str(value), re.findall(r"'([^']*)'", detail["ctx"]["expected"]), n=1)
+        near = difflib.get_close_matches(_shortened(value).strip("'"), re.findall(r"'([^']*)'", detail["ctx"]["expected"]), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{field}: {value!r} is not one of {detail['ctx']['expected']}{hint}"
+        return f"{field}: {_shortened(value)} is not one of {detail['ctx']['expected']}{hint}"
     return f"{field}: {_shortened(value)}: {_WORDING.get(kind) or detail['msg'][0].lower() + detail['msg'][1:]}"
 
 
+_SHOWN = reprlib.Repr()
+"""A few lines of YAML may stand for a value of gigabytes, by aliases of aliases."""
+_SHOWN.maxlevel, _SHOWN.maxlist, _SHOWN.maxtuple, _SHOWN.maxdict, _SHOWN.maxset = 4, 12, 12, 12, 12
+_SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = 100
+
+
 def _shortened(value: Any) -> str:
-    text = repr(value)
+    text = _SHOWN.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def model_of(**fields: Any) -> ModelConfig:
+    """The model that a command's arguments name. Raises ConfigError naming the field and value."""
+    try:
+        return ModelConfig(**fields)
+    except ValidationError as error:
+        raise ConfigError(f"model.{_describe(error.errors()[0])}") from None
 
 
 def _section_of(location: tuple) -> type[Section]:

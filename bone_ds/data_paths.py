@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def check(data: DataConfig) -> None:
     """Raises DataError for a file that isn't there, and ConfigError for fields that mean nothing to what is."""
     for field, names in (("data.train", data.train), ("data.mixture", data.train_paths if data.mixture else ()), ("data.eval", data.eval)):
         for name in names:
-            path = Path(name).expanduser()
+            path = Path(os.path.expanduser(name))
             if not path.exists() and not is_hub_id(name):
                 raise DataError(f"{field}: {name}: there is no such file, looked in {path.absolute().parent}")
     _check_mixture(data)
@@ -41,7 +42,7 @@ def check(data: DataConfig) -> None:
 
 
 def _has_splits(name: str) -> bool:
-    return is_hub_id(name) or Path(name).expanduser().is_dir()
+    return is_hub_id(name) or Path(os.path.expanduser(name)).is_dir()
 
 
 def _check_mixture(data: DataConfig) -> None:

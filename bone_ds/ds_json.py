@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ds_configs
 from bone_ds import monitoring
 from bone_ds.activation_policy import ActivationPolicy, policy_of
-from bone_ds.config import RunConfig
+from bone_ds.config import LARGEST, RunConfig
 from bone_ds.errors import ConfigError
 
+Check = tuple[Callable[[object], bool], str]
+"""Whether a value of the JSON can be used, and which can."""
 # Sections that DeepSpeed itself obeys without more code here. DeepSpeed ignores unknown ones silently, so they are refused.
 _OBEYED = {
     "zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "wall_clock_breakdown",
@@ -22,17 +27,23 @@ _REFUSED = {
     "scheduler": "the learning rate follows train.schedule and train.warmup_steps; remove it",
     "amp": "training is in model.dtype: bf16 or fp32; remove it",
 }
-# Fields of zero_optimization that DeepSpeed documents and that training here has no objection to. It refuses unknown ones
-# itself, but only after the model has been loaded.
-_ZERO = {
-    "stage", "allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "ignore_unused_parameters",
-    "load_from_fp32_weights", "log_trace_cache_warnings", "memory_efficient_linear", "overlap_comm", "reduce_bucket_size",
-    "reduce_scatter", "stage3_allgather_sequential", "stage3_gather_16bit_weights_on_model_save",
-    "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_model_persistence_threshold",
-    "stage3_module_granularity_threshold", "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size",
-    "stage3_use_all_reduce_for_fetch_params", "sub_group_size", "use_multi_rank_bucket_allreduce", "zero_hpz_partition_size",
+# Fields of zero_optimization that DeepSpeed documents and that training here has no objection to. What it can't use it refuses
+# itself, but only after the model has been loaded, and with a traceback.
+_FLAGS = {
+    "allgather_partitions", "contiguous_gradients", "ignore_unused_parameters", "load_from_fp32_weights", "log_trace_cache_warnings",
+    "memory_efficient_linear", "overlap_comm", "reduce_scatter", "stage3_allgather_sequential",
+    "stage3_gather_16bit_weights_on_model_save", "stage3_use_all_reduce_for_fetch_params", "use_multi_rank_bucket_allreduce",
     "zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zero_quantized_weights",
 }
+_SMALLEST = {
+    "allgather_bucket_size": 2, "reduce_bucket_size": 1, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
+    "stage3_model_persistence_threshold": 0, "stage3_module_granularity_threshold": 0, "stage3_param_persistence_threshold": 0,
+    "stage3_prefetch_bucket_size": 0, "sub_group_size": 0, "zero_hpz_partition_size": 1,
+}
+"""Fields that are whole numbers, and from where up."""
+_ZERO = {"stage"} | _FLAGS | _SMALLEST.keys()
+_DTYPES = {
+    "fp32", "float32", "float", "torch.float32", "bf16", "bfloat16", "torch.bfloat16", "fp16", "float16", "half", "torch.float16"}
 # To host memory, by the stages that have it. torch's AdamW steps there too, so DeepSpeed's own optimizer for CPUs, which would be
 # compiled at first use, is not needed.
 _OFFLOAD = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
@@ -46,6 +57,7 @@ def resolve(config: RunConfig, world_size: int) -> dict:
     """
     origin, given = _read(config.deepspeed.config)
     _check_sections(origin, given)
+    _check_partition(origin, given["zero_optimization"], world_size)
     derived = _derived(config, world_size)
     for key, value in derived.items():
         _check_agreement(origin, given, key, value)
@@ -101,7 +113,7 @@ def _derived(config: RunConfig, world_size: int) -> dict[str, tuple[object, str]
 def _read(name: str) -> tuple[str, dict]:
     if name in ds_configs.NAMES:
         return name, ds_configs.read(name)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.suffix != ".json":
         near = difflib.get_close_matches(name, ds_configs.NAMES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -144,20 +156,30 @@ def _check_sections(origin: str, given: dict) -> None:
             raise ConfigError(f"{origin}: {key}: 'auto' is not filled in by anyone here; remove the line")
         if value is None and key != "zero_optimization":
             raise ConfigError(f"{origin}: {key}: null says nothing; remove the line")
-    _check_data_types(origin, given.get("data_types", {}))
+    for field, (fits, wanted) in _TOP_LEVEL.items():
+        if field in given and not fits(given[field]):
+            raise ConfigError(f"{origin}: {field}: {given[field]!r:.60} is not {wanted}")
+    _check_fields(origin, "data_types", given.get("data_types", {}), _DATA_TYPES, '{"grad_accum_dtype": "fp32"}')
+    _check_fields(origin, "flops_profiler", given.get("flops_profiler", {}), _FLOPS_PROFILER, '{"enabled": true}')
     _check_zero(origin, given.get("zero_optimization"))
 
 
-def _check_data_types(origin: str, data_types: object) -> None:
-    if not isinstance(data_types, dict):
-        raise ConfigError(f"{origin}: data_types: is {data_types!r:.60}; give an object like {{\"grad_accum_dtype\": \"fp32\"}}")
+def _check_fields(origin: str, name: str, section: object, known: Mapping[str, Check], example: str) -> None:
+    if not isinstance(section, dict):
+        raise ConfigError(f"{origin}: {name}: is {section!r:.60}; give an object like {example}")
+    for field, value in section.items():
+        if field not in known:
+            raise ConfigError(f"{origin}: {name}.{field}: is no field known here; known are {', '.join(known)}")
+        fits, wanted = known[field]
+        if not fits(value):
+            raise ConfigError(f"{origin}: {name}.{field}: {value!r:.60} is not {wanted}")
 
 
 def _check_zero(origin: str, zero: object) -> None:
     if not isinstance(zero, dict):
-        raise ConfigError(f"{origin}: zero_optimization: is {zero!r}; give an object with a stage from 0 to 3")
-    if isinstance(zero.get("stage"), bool) or zero.get("stage") not in (0, 1, 2, 3):
-        raise ConfigError(f"{origin}: zero_optimization.stage: is {zero.get('stage')!r}, not 0, 1, 2 or 3")
+        raise ConfigError(f"{origin}: zero_optimization: is {zero!r:.60}; give an object with a stage from 0 to 3")
+    if not _is_whole(zero.get("stage")) or zero["stage"] not in (0, 1, 2, 3):
+        raise ConfigError(f"{origin}: zero_optimization.stage: is {zero.get('stage')!r:.60}, not 0, 1, 2 or 3")
     for key, value in zero.items():
         if value == "auto":
             raise ConfigError(f"{origin}: zero_optimization.{key}: 'auto' is not filled in by anyone here; give a number")
@@ -171,8 +193,18 @@ def _check_zero(origin: str, zero: object) -> None:
             continue  # DeepSpeed's own default: it goes by the stage
         elif value is None:
             raise ConfigError(f"{origin}: zero_optimization.{key}: null says nothing; give a number or remove the line")
-        elif isinstance(value, (dict, list, str)) or value < 0:
-            raise ConfigError(f"{origin}: zero_optimization.{key}: {value!r} is neither true, false nor a number from 0 up")
+        elif key in _FLAGS and not isinstance(value, bool):
+            raise ConfigError(f"{origin}: zero_optimization.{key}: {value!r:.60} is neither true nor false")
+        elif key in _SMALLEST and not (_is_count(value) and _SMALLEST[key] <= value <= LARGEST):
+            raise ConfigError(f"{origin}: zero_optimization.{key}: {value!r:.60} is no whole number from {_SMALLEST[key]} up")
+        elif key == "allgather_bucket_size" and value % 2:
+            raise ConfigError(f"{origin}: zero_optimization.{key}: {value} is odd; DeepSpeed takes even ones alone")
+
+
+def _check_partition(origin: str, zero: dict, world_size: int) -> None:
+    size = zero.get("zero_hpz_partition_size", 1)
+    if world_size % size:
+        raise ConfigError(f"{origin}: zero_optimization.zero_hpz_partition_size: {size} does not divide the {world_size} ranks")
 
 
 def _check_offload(origin: str, stage: int, key: str, section: object) -> None:
@@ -194,15 +226,53 @@ def _check_offload(origin: str, stage: int, key: str, section: object) -> None:
         raise ConfigError(f"{path}: has no effect at stage {stage}; use stage {' or '.join(map(str, _OFFLOAD[key]))}, or remove it")
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    """A whole number, also as 5e8."""
+    return _is_whole(value) or isinstance(value, float) and value.is_integer()
+
+
+def _is_number(value: object) -> bool:
+    return _is_whole(value) or isinstance(value, float)
+
+
+def _is_dtype(value: object) -> bool:
+    return value is None or isinstance(value, str) and value in _DTYPES
+
+
+_FLAG: Check = (lambda value: isinstance(value, bool), "true or false")
+_COUNT: Check = (lambda value: _is_whole(value) and 1 <= value <= LARGEST, "a whole number from 1 up")
+_TOP_LEVEL: Mapping[str, Check] = {
+    "communication_data_type": (lambda value: value in ("fp32", "bf16", "fp16"), "fp32, bf16 or fp16"),
+    "prescale_gradients": _FLAG,
+    "gradient_predivide_factor": (lambda value: _is_number(value) and 0 < value < math.inf, "a number above 0"),
+    "wall_clock_breakdown": _FLAG,
+}
+_DATA_TYPES: Mapping[str, Check] = {"grad_accum_dtype": (_is_dtype, "fp32, bf16, fp16 or null")}
+_FLOPS_PROFILER: Mapping[str, Check] = {
+    "enabled": _FLAG,
+    "detailed": _FLAG,
+    "profile_step": _COUNT,
+    "module_depth": (lambda value: value == -1 or _COUNT[0](value), "-1 or a whole number from 1 up"),
+    "top_modules": _COUNT,
+    "recompute_fwd_factor": (lambda value: _is_number(value) and 0 <= value < math.inf, "a number from 0 up"),
+    "output_file": (lambda value: value is None or isinstance(value, str), "a path or null"),
+}
+
+
 def _check_agreement(origin: str, given: dict, key: str, derived: tuple[object, str]) -> None:
     value, field = derived
     if key not in given:
         return
     for path, theirs, ours in _leaves(key, given[key], value):
         if ours is None:
-            raise ConfigError(f"{origin}: {path}: {theirs!r} would not be obeyed; remove it from the JSON")
+            raise ConfigError(f"{origin}: {path}: {theirs!r:.60} would not be obeyed; remove it from the JSON")
         if theirs != ours:
-            raise ConfigError(f"{origin}: {path}: {theirs!r} contradicts {field}, from which it would be {ours!r}; remove it from the JSON")
+            raise ConfigError(f"{origin}: {path}: {theirs!r:.60} contradicts {field}, from which it would be {ours!r}; remove it from the "
+                              "JSON")
 
 
 def _leaves(path: str, theirs: object, ours: object):

@@ -21,6 +21,8 @@ from bone_ds.errors import CheckpointError, ConfigError, DataError
 from bone_ds.resolution import DTYPES
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+_SMALLEST_PENALTY = 1e-6
+"""Below it, and above its inverse, logits in fp32 may become infinite."""
 
 Choice = Callable[[Tensor], Tensor]
 """logits (D, V) -> tokens (D,)"""
@@ -223,8 +225,8 @@ class Sampling:
             raise ConfigError(f"--top-p: {self.top_p} is no share, give a number above 0 and up to 1")
         if self.top_k < 0:
             raise ConfigError(f"--top-k: {self.top_k} is no number of tokens, give 1 or more, or 0 for all")
-        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
-            raise ConfigError(f"--repetition-penalty: {self.repetition_penalty} is no factor, give a number above 0; 1 is none")
+        if not _SMALLEST_PENALTY <= self.repetition_penalty <= 1 / _SMALLEST_PENALTY:
+            raise ConfigError(f"--repetition-penalty: {self.repetition_penalty} is no factor, give one such as 1.2; 1 is none")
 
     def choice(self) -> Choice:
         """What chooses from logits (D, V) that are already penalised. Equal seeds draw equally where the batches are equal."""
@@ -244,7 +246,7 @@ class Sampling:
         """logits (D, V) -> fp64 shares (D, V) on the CPU, largest first, and the tokens they are of. They don't sum to 1."""
         logits_below_the_largest = (logits - logits.amax(dim=-1, keepdim=True)).double().cpu()  # so that no quotient overflows
         scaled, tokens = (logits_below_the_largest / self.temperature).sort(dim=-1, descending=True)
-        if self.top_k:
+        if 0 < self.top_k < scaled.shape[-1]:
             scaled[:, self.top_k:] = -math.inf
         shares = scaled.softmax(dim=-1)
         shares[shares.cumsum(dim=-1) - shares >= self.top_p] = 0  # the likeliest token always stays

@@ -12,6 +12,7 @@ from torch import Tensor
 from bone_ds import adapter_file, arch, methods
 from bone_ds.adapter_file import Header
 from bone_ds.arch import Architecture, Source
+from bone_ds.config import model_of
 from bone_ds.errors import CheckpointError, ConfigError, InjectionError
 from bone_ds.inject import inject
 
@@ -37,9 +38,9 @@ def merge(adapter_path: Path, out: Path, base: str | None = None, cache_dir: str
 
 def open_base(header: Header, adapter_path: Path, base: str | None, cache_dir: str | None = None) -> Source:
     """The model the adapter was trained on. Raises CheckpointError where another one lies there."""
-    moved = {"path": base, "revision": None} if base else {}
-    model = header.model.model_copy(update=moved | ({"cache_dir": cache_dir} if cache_dir else {}))
-    source = arch.load(header.architecture).open(model)
+    moved = {} if base is None else {"path": base, "revision": None}
+    cache = {} if cache_dir is None else {"cache_dir": cache_dir}
+    source = arch.load(header.architecture).open(model_of(**header.model.model_dump() | moved | cache))
     check_base(header, adapter_path, source)
     return source
 

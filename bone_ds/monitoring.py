@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def placed(resolved: dict, directory: Path) -> dict[str, dict]:
 
 
 def _placed(name: str, section: dict, directory: Path) -> dict:
-    output_path = Path(section.get("output_path", directory)).expanduser()
+    output_path = Path(os.path.expanduser(section.get("output_path", directory)))
     return {"job_name": name} | section | {"output_path": str(output_path)}
 
 

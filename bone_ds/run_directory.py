@@ -52,6 +52,8 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"output.directory: {self.path} is a file, not a directory")
+        if self.path.is_symlink() and not self.path.exists():
+            raise ConfigError(f"output.directory: {self.path} is a link to what is not there, {self.path.readlink()}; remove it")
         if isinstance(resume, Path) and not (resume / "manifest.json").exists():
             raise ConfigError(f"--resume: {resume} is no checkpoint (no manifest.json); name a step-N of a run's checkpoints/")
         if self.goes_on(resume):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +20,7 @@ _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attentio
 
 def inventory(model: ModelConfig) -> Inventory:
     """Of a directory or .gguf on this machine. Raises CheckpointError where it is not whole."""
-    place = Path(model.path).expanduser()
+    place = Path(os.path.expanduser(model.path))
     if place.is_dir():
         source = weights.open(model)
         config = weights.config_of(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from transformers import LlamaConfig
@@ -29,7 +30,7 @@ CONFIGS = {"Llama-2-7b": _LLAMA2_7B, "Llama-2-13b": _LLAMA2_13B, "SmolLM2-135M":
 
 def outline(model: ModelConfig) -> Source:
     """As `weights.open`, without a download; a directory with config.json alone or a name of `CONFIGS` will do. Raises CheckpointError."""
-    place = Path(model.path).expanduser()
+    place = Path(os.path.expanduser(model.path))
     if place.is_dir() and (any(place.glob("*.safetensors")) or not (place / "config.json").exists()):
         return weights.open(model)
     if place.is_dir():
@@ -45,7 +46,7 @@ def outline(model: ModelConfig) -> Source:
 
 def without_weights(model: ModelConfig) -> Source:
     """As `outline`, with a tokenizer: of a model on the hub its config and tokenizer are fetched. Raises CheckpointError."""
-    if Path(model.path).expanduser().exists():
+    if Path(os.path.expanduser(model.path)).exists():
         return outline(model)
     directory, _ = weights.download(model, weights.TOKENIZER_FILES)
     return _outlined(model, directory, checks.read_config(directory).to_dict(), model.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class OutlinedSource(Source):
 
 def recognises(path: str) -> bool:
     """Whether this may be a Llama; what is no directory here is taken on its face, `open` says what it really is."""
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     if not place.is_dir():
         return place.suffix not in (".pth", ".safetensors")
     try:
@@ -118,7 +119,7 @@ def weight_files(source: Source) -> list[Path]:
 
 def _find(model: ModelConfig) -> tuple[Path, str | None]:
     """The directory that holds the model, and the hub commit where it came from the hub."""
-    place = Path(model.path).expanduser()
+    place = Path(os.path.expanduser(model.path))
     if place.is_dir():
         if model.revision is not None:
             raise CheckpointError(f"model.revision: {model.revision!r} is for a hub id, {place} is a directory here; remove it")
@@ -128,7 +129,7 @@ def _find(model: ModelConfig) -> tuple[Path, str | None]:
     if place.suffix == ".gguf":
         from llama_adapters.gguf_conversion import convert_once
 
-        return convert_once(place, model.dtype, Path(model.cache_dir).expanduser()), None
+        return convert_once(place, model.dtype, Path(os.path.expanduser(model.cache_dir))), None
     if place.exists():
         raise CheckpointError(f"{place}: is neither a model directory nor a .gguf file")
     return download(model, _HUB_FILES)

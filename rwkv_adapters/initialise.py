@@ -23,6 +23,7 @@ _ZERO = (".att.output.", ".ffn.value.", ".ffn.receptance.")
 _SMALL = (".att.key.", ".att.gate.")
 _EMBEDDING_RANGE = 1e-4
 _LOW_RANK_RANGE = 0.01
+_LARGEST = {"layers": 1024, "width": 2**16, "vocabulary": 2**20, "head size": 2**16, "ffn width": 2**18}
 _WIDE = 4096
 """From this width on the low ranks are twice as large."""
 
@@ -34,6 +35,8 @@ def sizes(layers: int, width: int, vocabulary: int, head_size: int = 64, ffn_wid
     for what, value in given.items():
         if value < 1:
             raise ConfigError(f"the {what} of a new model is {value}, it must be at least 1")
+        if value > _LARGEST[what]:
+            raise ConfigError(f"the {what} of a new model is {value}, it may be {_LARGEST[what]} at most")
     if width % head_size:
         raise ConfigError(f"the width {width} of a new model is no multiple of its head size {head_size}")
     scale = 2 if width >= _WIDE else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -28,7 +29,7 @@ _NAME = re.compile(rf"RWKV-x060-World-({'|'.join(SIZES)})\b", re.IGNORECASE)
 
 def outline(model: ModelConfig) -> Source:
     """As `weights.open`; of a file that is not there, the published sizes. Raises CheckpointError."""
-    if Path(model.path).expanduser().exists():
+    if Path(os.path.expanduser(model.path)).exists():
         return weights.open(model)
     named = _NAME.search(Path(model.path).name)
     if named is None:

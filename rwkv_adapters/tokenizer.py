@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -168,7 +169,7 @@ def _parse(line: str, where: str) -> tuple[int, bytes]:
 
 def _vocabulary_file(kind: str) -> Path:
     if kind != "world":
-        return Path(kind).expanduser()
+        return Path(os.path.expanduser(kind))
     from importlib.resources import files
 
     return Path(str(files("rwkv") / WORLD_FILE))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,7 +86,7 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
 
 
 def _find(model: ModelConfig) -> Path:
-    path = Path(model.path).expanduser()
+    path = Path(os.path.expanduser(model.path))
     if model.revision is not None:
         raise CheckpointError(f"model.revision: {model.revision!r} is for a hub id, an RWKV6 model is a file; remove it")
     if path.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -77,7 +78,7 @@ def template_text(given: str, option: str = "data.chat_template") -> str:
     if not given.endswith(".jinja"):
         return given
     try:
-        return Path(given).expanduser().read_text(encoding="utf-8")
+        return Path(os.path.expanduser(given)).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{option}: {given}: can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -30,7 +31,7 @@ def _load(data: DataConfig, tokenizer, split: Literal["train", "eval"], cache_di
     limit = data.train_samples if split == "train" else data.eval_samples
     samples, place, was_cached = None, None, False
     if cache_dir is not None and data.cache:
-        place = cache.place_of(Path(cache_dir).expanduser(), located, prompt, tokenizer, data, limit)
+        place = cache.place_of(Path(os.path.expanduser(cache_dir)), located, prompt, tokenizer, data, limit)
     if place is not None:
         try:
             samples, was_cached = cache.read_or_build(place, lambda: read(located, prompt, tokenizer, data, limit))

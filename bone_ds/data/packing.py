@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 
@@ -14,8 +15,9 @@ def pack(lengths: Sequence[int], capacity: int, window: int = 256) -> list[list[
     """
     sizes = [int(length) for length in lengths]
     assert all(0 < size <= capacity for size in sizes), "samples were cut to the capacity before"
+    capacity = min(capacity, sum(sizes))  # what lies beyond has no use, and costs a bit of `rooms` each
     packs: list[list[int]] = []
-    open_packs: list[list[int]] = [[] for _ in range(capacity + 1)]  # by room that is left
+    open_packs: dict[int, list[int]] = defaultdict(list)  # by room that is left
     rooms = 0  # bit i is set where open_packs[i] holds a pack: finds the best fit without a search
     for start in range(0, len(sizes), window):
         members = range(start, min(start + window, len(sizes)))

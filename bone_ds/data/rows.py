@@ -170,7 +170,7 @@ def _records(path: Path) -> Iterator[Row]:
             yield place, dict(zip(header, record, strict=True))
 
 
-def _check_header(place: str, header: list[str]) -> None:
+def _check_header(place: str, header: Sequence[str]) -> None:
     repeated = next((name for name in header if header.count(name) > 1), None)
     if repeated is not None:
         raise DataError(f"{place}: the header names {repeated!r} twice, keep one of them")
@@ -180,22 +180,22 @@ def _numbered(path: Path, batches: Iterator[Any]) -> Iterator[Row]:
     """The rows of record batches; the place is `file: row n`."""
     number = 0
     with closing(_readable(path, batches)) as readable:
-        for batch in readable:
-            for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
-                for row in batch.slice(start, _ROWS_AT_ONCE).to_pylist():
-                    number += 1
-                    yield f"{path}: row {number}", row
+        for row in readable:
+            number += 1
+            yield f"{path}: row {number}", row
 
 
-def _readable(path: Path, batches: Iterator[Any]) -> Iterator[Any]:
+def _readable(path: Path, batches: Iterator[Any]) -> Iterator[dict[str, Any]]:
     import pyarrow
 
     try:
         for batch in batches:
             batch.validate(full=True)  # a text may be no UTF-8
-            yield batch
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0][:120]
+            for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
+                yield from batch.slice(start, _ROWS_AT_ONCE).to_pylist()
+    # ArithmeticError, LookupError, ValueError: a date that Python has no day for, a column that is there twice.
+    except (pyarrow.ArrowException, OSError, ArithmeticError, LookupError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:120]
         raise DataError(f"{path}: is no whole {path.suffix} file: {reason}; write it anew") from None
 
 
@@ -203,7 +203,7 @@ def _parquet_batches(path: Path, columns: Sequence[str]) -> Iterator[Any]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
-        yield from file.iter_batches(_ROWS_AT_ONCE, columns=_chosen(file.schema_arrow.names, columns))
+        yield from file.iter_batches(_ROWS_AT_ONCE, columns=_chosen(path, file.schema_arrow.names, columns))
 
 
 def _arrow_batches(path: Path, columns: Sequence[str]) -> Iterator[Any]:
@@ -215,11 +215,12 @@ def _arrow_batches(path: Path, columns: Sequence[str]) -> Iterator[Any]:
         source.seek(0)
         reader = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
         batches = (reader.get_batch(index) for index in range(reader.num_record_batches)) if is_file else reader
-        chosen = _chosen(reader.schema.names, columns)
+        chosen = _chosen(path, reader.schema.names, columns)
         for batch in batches:
             yield batch if chosen is None else batch.select(chosen)
 
 
-def _chosen(names: Sequence[str], columns: Sequence[str]) -> list[str] | None:
+def _chosen(path: Path, names: Sequence[str], columns: Sequence[str]) -> list[str] | None:
     """The columns to read; None is all, so that a message about a missing one can name those that are there."""
+    _check_header(str(path), names)
     return list(dict.fromkeys(columns)) if set(columns) <= set(names) else None

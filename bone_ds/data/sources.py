@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Literal
 
 from bone_ds.config import DataConfig
 from bone_ds.data import rows
+from bone_ds.data.fields import shown
 from bone_ds.data.rows import Row
 from bone_ds.data_paths import is_hub_id
 from bone_ds.errors import DataError
@@ -50,7 +52,7 @@ def locate(data: DataConfig, split: Literal["train", "eval"]) -> list[Located]:
 
 
 def _locate(name: str, subset: str | None, split: str, revision: str | None) -> Located:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return Located(name, _files_of(path, subset, split))
     if is_hub_id(name):
@@ -85,10 +87,12 @@ def _files_of(directory: Path, subset: str | None, split: str) -> tuple[Path, ..
 
 
 def _saved_files(directory: Path) -> tuple[Path, ...]:
-    files = tuple(directory / str(file.get("filename")) for file in _saved(directory / _STATE, "_data_files", dict))
-    for path in files:
-        rows.check_file(path)
-    return files
+    names = [str(file.get("filename")) for file in _saved(directory / _STATE, "_data_files", dict)]
+    for name in names:
+        if Path(name).name != name:
+            raise DataError(f"{directory / _STATE}: names {shown(name)}, which is not beside it; save the data set anew")
+        rows.check_file(directory / name)
+    return tuple(directory / name for name in names)
 
 
 def _saved(path: Path, field: str, kind: type) -> list:

@@ -29,7 +29,7 @@ from bone_ds import adapter_file, arch, bone, tensor_file
 from bone_ds.adapter_file import FORMAT_VERSION, Header
 from bone_ds.arch import Architecture, Source
 from bone_ds.bone.grouping import matches, shape_pattern
-from bone_ds.config import ModelConfig
+from bone_ds.config import model_of
 from bone_ds.errors import CheckpointError, ConfigError, InjectionError
 from bone_ds.formats.coverage import rectangle
 from bone_ds.formats.output import check_absent, chosen_dtype, write_aside
@@ -62,7 +62,7 @@ def import_adapter(path: Path, base: str, out: Path) -> Header:
     check_absent(out)
     config = _read_config(path)
     tensors = _read_tensors(path)
-    model_config = ModelConfig(path=base)
+    model_config = model_of(path=base)
     architecture = arch.resolve(model_config)
     source = architecture.open(model_config)
     header = _header(path, config, tensors, architecture, source)

@@ -30,7 +30,7 @@ from bone_ds import adapter_file, arch
 from bone_ds.adapter_file import FORMAT_VERSION, Header
 from bone_ds.arch import Source
 from bone_ds.bone.grouping import bone_shape, matches, shape_pattern
-from bone_ds.config import ModelConfig
+from bone_ds.config import model_of
 from bone_ds.errors import CheckpointError, ConfigError
 from bone_ds.formats.coverage import rectangle
 from bone_ds.formats.output import check_absent, chosen_dtype, write_aside
@@ -48,7 +48,7 @@ def import_adapter(path: Path, base: str, out: Path) -> Header:
     kind = _kind(path, tensors)
     layers, modules = rectangle(path, _by_layer(tensors, _STATE if kind == "time_state" else _BONE), "blocks")
     architecture = arch.load("rwkv")
-    source = architecture.open(ModelConfig(path=base, architecture="rwkv"))
+    source = architecture.open(model_of(path=base, architecture="rwkv"))
     with torch.device("meta"):
         model = architecture.build(source, torch.float32)
     count = len(architecture.layers(model))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from bone_ds import adapter_file, arch, tensor_file
-from bone_ds.config import ModelConfig
+from bone_ds.config import model_of
 from bone_ds.errors import CheckpointError
 from bone_ds.formats import peft, rwkv_peft
 from bone_ds.inspection import adapters, models
@@ -20,7 +21,7 @@ _FILES = "a model (.pth, .safetensors, .gguf) and an adapter (.safetensors, .pth
 
 def inspect(path: Path) -> Inspection:
     """Raises CheckpointError for a damaged file, and for what is none of the things it looks for."""
-    place = path.expanduser()
+    place = Path(os.path.expanduser(path))
     if place.is_dir():
         return _directory(place)
     if not place.exists():
@@ -63,7 +64,7 @@ def _safetensors(path: Path) -> Inspection:
         return _directory(path.absolute().parent)
     if "config.json" in siblings and any(name.startswith(("model.", "lm_head.")) for name in tensors):
         return _directory(path.absolute().parent)
-    return models.inspect_model(path, arch.resolve(ModelConfig(path=str(path))))
+    return models.inspect_model(path, arch.resolve(model_of(path=str(path))))
 
 
 def _pth(path: Path) -> Inspection:

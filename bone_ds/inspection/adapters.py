@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -113,7 +114,7 @@ def _check_coverage(path: Path, header: Header, tensors: Mapping[str, Tensor]) -
 
 def _base_now(path: Path, header: Header, tensors: dict[str, Tensor], architecture: Architecture) -> str:
     """What lies today where the base lay in training; raises CheckpointError where it is the base and the adapter does not fit."""
-    if not Path(header.base).expanduser().exists():
+    if not Path(os.path.expanduser(header.base)).exists():
         return "not on this machine at that path"
     try:
         source = models.at(header.base)

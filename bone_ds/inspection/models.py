@@ -9,7 +9,7 @@ import torch
 
 from bone_ds import arch
 from bone_ds.arch import Architecture, Source
-from bone_ds.config import ModelConfig
+from bone_ds.config import model_of
 from bone_ds.inspection.report import Inspection
 
 _TITLES = {"llama": "Llama model", "rwkv": "RWKV6 model"}
@@ -17,7 +17,7 @@ _TITLES = {"llama": "Llama model", "rwkv": "RWKV6 model"}
 
 def inspect_model(path: Path, architecture: Architecture) -> Inspection:
     """Raises CheckpointError where it is not whole."""
-    found = architecture.inventory(ModelConfig(path=str(path), architecture=architecture.name))
+    found = architecture.inventory(model_of(path=str(path), architecture=architecture.name))
     kinds = _parameters_by_kind(architecture, found.source)
     return Inspection(str(path), _TITLES[architecture.name], {
         "architecture": architecture.name, "size_bytes": size_bytes(path), "sizes": dict(found.sizes),
@@ -44,7 +44,7 @@ def size_bytes(path: Path) -> int:
 
 def at(path: str) -> Source:
     """The model at a path of this machine. Raises CheckpointError where it is not whole, or none."""
-    model = ModelConfig(path=path)
+    model = model_of(path=path)
     return arch.resolve(model).inventory(model).source
 
 

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable
 from dataclasses import replace
 from pathlib import Path
@@ -119,7 +120,7 @@ def _samples(config: RunConfig, architecture: Architecture, source: Source) -> t
     Raises CheckpointError where the model is there and its tokenizer isn't, and for one that the config names.
     """
     paths = config.data.train_paths
-    missing = next((path for path in paths if not Path(path).expanduser().exists() and not is_hub_id(path)), None)
+    missing = next((path for path in paths if not Path(os.path.expanduser(path)).exists() and not is_hub_id(path)), None)
     if missing is not None:
         field = "train" if config.data.train else "mixture"
         return None, [f"data.{field}: {missing} is not there; planned for full packs of data.max_length: {config.data.max_length}"]

@@ -45,9 +45,10 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 def parse_bytes(option: str, text: str) -> int:
     """`24GiB`, `24GB`, `80G` or a number of bytes; without an i, powers of ten. Raises ConfigError naming the option."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
-        raise ConfigError(f"{option}: {text!r} is no amount of memory; write 24GiB, 24GB or 80G")
-    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+    amount_bytes = float(match[1]) * _UNITS[(match[2] or "").lower()] if match else 0.0
+    if not 1 <= amount_bytes < 2**63:
+        raise ConfigError(f"{option}: {text[:60]!r} is no amount of memory; write 24GiB, 24GB or 80G")
+    return int(amount_bytes)
 
 
 def capacity_bytes(device: str, local_world_size: int) -> int | None:
