@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from bone_ds import tensor_file
+from bone_ds import checksums, tensor_file
 from bone_ds.arch import Architecture, Source
 from bone_ds.bone.grouping import matches, shape_pattern
 from bone_ds.config import AdapterConfig, ModelConfig, RunConfig
@@ -28,7 +28,7 @@ FORMAT_VERSION = 1
 _KEY, _DIGEST = "bone_ds", "sha256"
 _KINDS = {"targets": list, "base_fingerprint": str, "step": int}
 """Of the fields that are no part of a config."""
-_LATER = {"form", "groups"}
+_LATER = {"form", "groups", "base_crc32"}
 """Fields that files written before them don't have."""
 
 
@@ -49,6 +49,8 @@ class Header:
     step: int
     form: str | None = None
     groups: int | None = None
+    base_crc32: str | None = None
+    """`checksums.record` of the base as it was trained on; None where an older version or another program trained."""
 
     @property
     def adapter(self) -> AdapterConfig:
@@ -65,7 +67,7 @@ class Header:
         return ModelConfig(path=self.base, revision=self.base_revision, dtype=self.base_dtype, architecture=self.architecture)
 
 
-def header_of(config: RunConfig, architecture: Architecture, source: Source, step: int) -> Header:
+def header_of(config: RunConfig, architecture: Architecture, source: Source, step: int, base_crc32: str | None = None) -> Header:
     adapter = config.adapter
     on_linears = adapter.method in ("bone", "lora")
     return Header(
@@ -83,7 +85,8 @@ def header_of(config: RunConfig, architecture: Architecture, source: Source, ste
         base_fingerprint=source.fingerprint,
         step=step,
         form=adapter.form if adapter.method == "bone" else None,
-        groups=adapter.groups if adapter.method == "bone" else None)
+        groups=adapter.groups if adapter.method == "bone" else None,
+        base_crc32=base_crc32)
 
 
 def write(path: Path, header: Header, tensors: dict[str, Tensor]) -> None:
@@ -141,7 +144,7 @@ def _opened(path: Path):
     if path.is_dir():
         raise CheckpointError(f"{path}: is a directory; name its adapter.safetensors")
     try:
-        return safe_open(path, framework="pt")
+        return tensor_file.open_file(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such adapter file") from None
     except (SafetensorError, OSError) as error:
@@ -165,6 +168,8 @@ def _header(path: Path, metadata: dict[str, str]) -> Header:
         raise CheckpointError(f"{path}: its header's fields are wrong at {', '.join(odd)}")
     header = Header(**given)
     check_describes_adapter(path, header, "its header")
+    if header.base_crc32 is not None and not checksums.is_record(header.base_crc32):
+        raise CheckpointError(f"{path}: its header's base_crc32 is {str(header.base_crc32)[:40]!r}, not 8 hexadecimal digits a tensor")
     return header
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from bone_ds.checksums import Checksums
     from bone_ds.config import ModelConfig
 
 NAMES = ("llama", "rwkv")
@@ -124,8 +125,12 @@ class Architecture(Protocol):
     def build(self, source: Source, dtype: torch.dtype) -> nn.Module:
         """The causal language model with unset weights; called under `Placement.empty()`."""
 
-    def load(self, model: nn.Module, source: Source, placement: Placement) -> None:
-        """Streams the weights into the model, one tensor at a time."""
+    def load(self, model: nn.Module, source: Source, placement: Placement, checksums: Checksums | None = None) -> None:
+        """Streams the weights into the model, one tensor at a time.
+
+        checksums: are taken of all that the model's outputs depend on, and finished. Raises CheckpointError for weights that are found
+        damaged, by what the files say of themselves or by `checksums`.
+        """
 
     def keep_as_on(self, model: nn.Module, device: str) -> None:
         """Makes a model of fake CPU tensors keep for backward what it would on a "cuda" device; "cpu" changes nothing."""
@@ -152,11 +157,12 @@ class Architecture(Protocol):
     def reading(self, model: nn.Module, documents: int) -> Reading:
         """So many documents that the model has read nothing of."""
 
-    def rewrite(self, source: Source, out: Path, change: Callable[[str, Tensor], Tensor], added: Mapping[str, Tensor]) -> None:
+    def rewrite(self, source: Source, out: Path, change: Callable[[str, Tensor], Tensor], added: Mapping[str, Tensor],
+                checksums: Checksums | None = None) -> None:
         """Writes the model to `out`, in the source's dtype and the form its name asks for, each weight as change(name, weight).
 
-        added: tensors to write where the source lacks them. `out` does not exist and appears whole. Raises ConfigError for a name
-        that asks for no form the architecture has.
+        added: tensors to write where the source lacks them. `out` does not exist and appears whole. checksums: as in `load`. Raises
+        ConfigError for a name that asks for no form the architecture has, and CheckpointError as `load` does.
         """
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bone_ds import adapter_file, arch, merge
 from bone_ds.adapter_file import Header
 from bone_ds.arch import Architecture, Reading, Source
+from bone_ds.checksums import Checksums
 from bone_ds.config import ModelConfig
 from bone_ds.data import prompt_ids
 from bone_ds.errors import CheckpointError, ConfigError, DataError
@@ -48,19 +49,20 @@ def load(config: ModelConfig, adapter: Path | None = None) -> Loaded:
     if given:
         merge.check_base(given[0], adapter, source)
         merge.check_fit(adapter, *given, architecture, source)
-    model = _adapted(architecture, source, DTYPES[config.dtype], *(given or (None, {})))
+    checksums = merge.checksums_of(given[0], adapter, source) if given else None
+    model = _adapted(architecture, source, DTYPES[config.dtype], *(given or (None, {})), checksums)
     return Loaded(architecture, model.eval(), tokenizer)
 
 
 def _adapted(architecture: Architecture, source: Source, dtype: torch.dtype, header: Header | None,
-             tensors: dict[str, Tensor]) -> nn.Module:
+             tensors: dict[str, Tensor], checksums: Checksums | None) -> nn.Module:
     """The base whose weights were merged as they came from the file, or with its initial state."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with device:
         model = architecture.build(source, dtype)
     is_state = header is not None and header.method == "state"
     change = merge.change_of(header, tensors) if header and not is_state else lambda name, weight: weight
-    architecture.load(model, source, _Changing(model, change))
+    architecture.load(model, source, _Changing(model, change), checksums)
     if is_state:
         first, last = header.layers or (0, len(architecture.layers(model)))
         with torch.no_grad():

@@ -12,6 +12,7 @@ from torch import Tensor
 from bone_ds import adapter_file, arch, methods
 from bone_ds.adapter_file import Header
 from bone_ds.arch import Architecture, Source
+from bone_ds.checksums import Checksums
 from bone_ds.config import model_of
 from bone_ds.errors import CheckpointError, ConfigError, InjectionError
 from bone_ds.inject import inject
@@ -30,7 +31,8 @@ def merge(adapter_path: Path, out: Path, base: str | None = None, cache_dir: str
     source = open_base(header, adapter_path, base, cache_dir)
     check_fit(adapter_path, header, tensors, architecture, source)
     try:
-        architecture.rewrite(source, out, change_of(header, tensors), _added(header, tensors, architecture, source))
+        architecture.rewrite(source, out, change_of(header, tensors), _added(header, tensors, architecture, source),
+                             checksums_of(header, adapter_path, source))
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--out: {out}: can't be written: {str(error).splitlines()[0]}") from None
     return source
@@ -51,6 +53,11 @@ def check_base(header: Header, adapter_path: Path, source: Source) -> None:
         raise CheckpointError(
             f"{adapter_path}: was trained on another base: fingerprint {header.base_fingerprint}, "
             f"{source.origin} has {source.fingerprint}")
+
+
+def checksums_of(header: Header, adapter_path: Path, source: Source) -> Checksums:
+    """Those of the base that is about to be read, which must be as the adapter was trained on it."""
+    return Checksums(header.base_crc32, f"{adapter_path}: its base {source.origin} has changed since it was trained")
 
 
 def check_fit(path: Path, header: Header, tensors: dict[str, Tensor], architecture: Architecture, source: Source) -> None:

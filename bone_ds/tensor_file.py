@@ -20,6 +20,8 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
            "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
            "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool}
 """By safetensors' names; the packed and complex ones that are left are told apart by no one here."""
+LARGEST_HEADER_BYTES = 2**24
+"""About a hundred thousand tensors. The library takes 100 MB, which can be a million of them."""
 
 
 def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -56,6 +58,15 @@ def as_bytes(tensor: Tensor) -> np.ndarray:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
+def open_file(path: Path) -> safetensors.safe_open:
+    """A safetensors file in mapped memory. Raises SafetensorError and OSError, also for a header that is longer than any file needs."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > LARGEST_HEADER_BYTES:
+        raise SafetensorError(f"its header claims {length} bytes, no file needs more than {LARGEST_HEADER_BYTES}")
+    return safetensors.safe_open(path, framework="pt")
+
+
 def outline(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file without their data, on the meta device, and its metadata: its header alone is read.
 
@@ -64,7 +75,7 @@ def outline(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.is_dir() or not path.exists():
         raise CheckpointError(f"{path}: {'is a directory' if path.is_dir() else 'there is no such file'}")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with open_file(path) as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
             tensors = {name: torch.empty(part.get_shape(), dtype=_DTYPES.get(part.get_dtype(), torch.uint8), device="meta")
                        for name, part in slices.items()}

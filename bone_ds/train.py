@@ -13,11 +13,12 @@ from typing import Literal
 
 import torch
 
-from bone_ds import activation, adapter_file, arch, checkpoint, ds_json, monitoring, out_of_memory, plan, publishing, resolution
+from bone_ds import activation, adapter_file, arch, checkpoint, checksums, ds_json, monitoring, out_of_memory, plan, publishing, resolution
 from bone_ds import engine as engines
 from bone_ds.arch import Architecture, Source
 from bone_ds.bad_steps import BadSteps
 from bone_ds.checkpoint import Found, Origin, Saved
+from bone_ds.checksums import Checksums
 from bone_ds.config import RunConfig, conflicts_with_steps, dump_yaml
 from bone_ds.data import GlobalOrder, Samples, collate_chunks, deal, load_samples
 from bone_ds.engine import Engine, Monitor
@@ -85,11 +86,14 @@ def train(config: RunConfig, ranks: Ranks, resume: bool | Path = False, force: b
             print(line, flush=True)  # reading the weights takes a while, and the log is made after it
         memory.known(planned, partial(plan.of_run, config, ranks.world_size, architecture, source, samples, order, device.type,
                                       held_bytes=plan.process.resident_bytes()))
-        engine = build_engine(config, architecture, source, ds, device)
+        base = Checksums(rank=ranks.local_rank, ranks=ranks.local_world_size)
+        engine = build_engine(config, architecture, source, ds, device, base)
         engines.limit_waiting(config.train.collective_timeout_s)
 
         started = time.monotonic()
-        origin = checkpoint.Origin(adapter_file.header_of(config, architecture, source, step=0), samples.fingerprint(), dump_yaml(config))
+        base_crc32s = checksums.together(engines.gathered(base.values), f"model.path: {config.model.path}")
+        header = adapter_file.header_of(config, architecture, source, step=0, base_crc32=checksums.record(base_crc32s))
+        origin = checkpoint.Origin(header, samples.fingerprint(), dump_yaml(config), base_crc32s.keys())
         found = engines.by_first(lambda: _taken(run, held, resume, origin))
         first_step = found.step if found else 0
         if first_step > steps:
@@ -183,7 +187,8 @@ def _stopped(run: RunDirectory, ranks: Ranks, progress: Progress, stop: StopRequ
     return RunResult(run.path, step, result.loss, evaluation and evaluation.loss, stopped=True)
 
 
-def build_engine(config: RunConfig, architecture: Architecture, source: Source, ds: dict, device: torch.device) -> Engine:
+def build_engine(config: RunConfig, architecture: Architecture, source: Source, ds: dict, device: torch.device,
+                 base: Checksums | None = None) -> Engine:
     """The model with its weights placed, the adapter injected, under DeepSpeed."""
     placement = engines.placement.choose(ds, device)
     with placement.empty():
@@ -191,7 +196,7 @@ def build_engine(config: RunConfig, architecture: Architecture, source: Source, 
     policy = ds_json.activation_policy(ds)
     check(model, architecture, config.adapter)  # before the weights are read
     activation.check(model, architecture, policy)
-    architecture.load(model, source, placement)
+    architecture.load(model, source, placement, base)
     trainable = inject(model, architecture, config.adapter)
     activation.apply(model, architecture, policy)
     return Engine(Objective(model, architecture, config.train.loss_chunk, config.train.l2wrap), trainable, monitoring.without(ds))

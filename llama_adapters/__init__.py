@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bone_ds.arch import Inventory, Placement, Reading, Source, State
+    from bone_ds.checksums import Checksums
     from bone_ds.config import ModelConfig
 
 
@@ -67,10 +68,10 @@ class Llama:
 
         return weights.build(source, dtype)
 
-    def load(self, model: nn.Module, source: Source, placement: Placement) -> None:
+    def load(self, model: nn.Module, source: Source, placement: Placement, checksums: Checksums | None = None) -> None:
         from llama_adapters import weights
 
-        weights.load(model, source, placement)
+        weights.load(model, source, placement, checksums)
 
     def keep_as_on(self, model: nn.Module, device: str) -> None:
         from llama_adapters import attention
@@ -100,11 +101,11 @@ class Llama:
         return generation.Reading(model, documents)
 
     def rewrite(self, source: Source, out: Path, change: Callable[[str, Tensor], Tensor],
-                added: Mapping[str, Tensor]) -> None:
+                added: Mapping[str, Tensor], checksums: Checksums | None = None) -> None:
         from llama_adapters import rewriting
 
         assert not added, "a Llama has no tensors but its own"
-        rewriting.rewrite(source, out, change)
+        rewriting.rewrite(source, out, change, checksums)
 
 
 ARCHITECTURE = Llama()

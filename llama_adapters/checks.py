@@ -15,6 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bone_ds.errors import CheckpointError
+from bone_ds.tensor_file import LARGEST_HEADER_BYTES
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -23,8 +24,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4,
                "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 _WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
-_MAX_HEADER_BYTES = 100_000_000
-"""The safetensors library's own limit."""
+_FORWARD_FIELDS = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias",
+                   "tie_word_embeddings")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+_MOST_LAYERS = 2**12
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ def read_config(directory: Path) -> LlamaConfig:
 
 
 def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter in the model's own order; a tied head is left out."""
+    """Name and shape of every parameter in the model's own order; a tied head is left out. Raises ValueError for absurdly many layers."""
+    if config.num_hidden_layers > _MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}, more than {_MOST_LAYERS}")
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     return {name: tuple(param.shape) for name, param in model.named_parameters()}
@@ -91,6 +96,27 @@ def check_tensors(config: LlamaConfig, tensors: dict[str, Stored], directory: Pa
             raise CheckpointError(f"{stored.file}: {name} has dtype {stored.dtype}, weights must be one of "
                                   f"{', '.join(_WEIGHT_DTYPES)}")
     return {name: tensors[name] for name in wanted}
+
+
+def forward_fields(config: LlamaConfig) -> bytes:
+    """What of config.json decides the outputs and can't be told from the tensors."""
+    fields = {name: getattr(config, name) for name in _FORWARD_FIELDS}
+    fields["rope_parameters"] = {name: value for name, value in config.rope_parameters.items() if value is not None}
+    return json.dumps(fields, sort_keys=True).encode()
+
+
+def tokenizer_fields(directory: Path) -> bytes:
+    """What of the tokenizer's files decides the tokens of a text, and where it ends. Raises CheckpointError."""
+    if not (directory / "tokenizer.json").exists():
+        return b"".join((directory / name).read_bytes() for name in ("tokenizer.model", "vocab.json", "merges.txt")
+                        if (directory / name).exists())
+    fields, settings = (_read_json(directory / name, "") if (directory / name).exists() else {} for name in _TOKENIZER)
+    model = fields.get("model") if isinstance(fields.get("model"), dict) else {}
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model.get("merges") or []]  # by version one or the other
+    ends = {name: given.get("content") if isinstance(given := settings.get(name), dict) else given for name in ("bos_token", "eos_token")}
+    decisive = {"vocab": model.get("vocab"), "merges": merges, **ends, "add_bos_token": settings.get("add_bos_token"),
+                **{name: fields.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor")}}
+    return json.dumps(decisive, sort_keys=True).encode()
 
 
 def check_tokenizer(directory: Path) -> None:
@@ -142,7 +168,7 @@ def _read_header(path: Path) -> dict[str, Stored]:
         with open(path, "rb") as file:
             size = path.stat().st_size
             (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
-            if length > min(_MAX_HEADER_BYTES, size - 8):
+            if length > min(LARGEST_HEADER_BYTES, size - 8):
                 raise CheckpointError(f"{path}: is no whole safetensors file: its header claims {length} bytes, "
                                       f"the file has {size}")
             header = json.loads(file.read(length))

@@ -19,6 +19,7 @@ from gguf import GGUFReader, ReaderTensor, dequantize
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from bone_ds.checksums import stating
 from bone_ds.errors import CheckpointError
 from bone_ds.tensor_file import save_file
 from llama_adapters import checks
@@ -28,6 +29,8 @@ _LAYOUT = 1
 """Raise it when converted directories change, so that cached ones are made anew."""
 
 _SHARD_BYTES = 256 * 2**20
+_MOST_VALUES = 2**22
+"""In a header; the largest vocabularies have a quarter of a million tokens and twice as many merges."""
 _ROPE_FACTORS = "rope_freqs.weight"
 
 _OUTER_NAMES = {
@@ -86,7 +89,15 @@ def tensor_to_torch(tensor: ReaderTensor, dtype: torch.dtype, config: LlamaConfi
 
 
 class _BoundedReader(GGUFReader):
-    """GGUFReader that notices when a field lies beyond the end of the file, instead of reading nothing for ever."""
+    """GGUFReader that notices when a field lies beyond the end of the file, instead of reading nothing for ever, and too many of them."""
+
+    _values = 0
+
+    def _get_field_parts(self, orig_offs, raw_type):
+        self._values += 1
+        if self._values > _MOST_VALUES:
+            raise ValueError(f"its header holds more than {_MOST_VALUES} values")
+        return super()._get_field_parts(orig_offs, raw_type)
 
     def _get(self, offset, dtype, count=1, override_order=None):
         end = int(offset) + int(count) * np.dtype(dtype).itemsize
@@ -122,7 +133,17 @@ def _read(gguf: Path) -> GGUFReader:
     if scaling not in (None, "none"):
         raise CheckpointError(f"{gguf}: llama.rope.scaling.type is {scaling!r}, which isn't converted; "
                               "use the model's Hugging Face directory")
+    _check_layout(gguf, reader)
     return reader
+
+
+def _check_layout(gguf: Path, reader: GGUFReader) -> None:
+    """The tensors follow each other, each at the next multiple of the alignment, as every writer leaves them."""
+    position = reader.data_offset
+    for tensor in sorted(reader.tensors, key=lambda tensor: (tensor.data_offset, tensor.n_bytes)):
+        if tensor.data_offset != position:
+            raise CheckpointError(f"{gguf}: {tensor.name} starts at byte {tensor.data_offset}, not {position}; the file is damaged")
+        position += -(-tensor.n_bytes // int(reader.alignment)) * int(reader.alignment)
 
 
 def _field(reader: GGUFReader, key: str) -> object:
@@ -216,7 +237,8 @@ def _write_shards(part: Path, config: LlamaConfig, weights: dict[str, ReaderTens
     weight_map = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: tensor_to_torch(weights[name], dtype, config) for name in names}, part / file, {"format": "pt"})
+        tensors = {name: tensor_to_torch(weights[name], dtype, config) for name in names}
+        save_file(tensors, part / file, {"format": "pt"} | stating(tensors))
         weight_map |= dict.fromkeys(names, file)
     total = sum(tensor.n_elements for tensor in weights.values()) * dtype.itemsize
     index = {"metadata": {"total_size": int(total)}, "weight_map": weight_map}

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +18,11 @@ from transformers.initialization import no_init_weights
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from bone_ds.arch import Placement, Source
+from bone_ds.checksums import Checksums, check_stated, stated_in
 from bone_ds.config import ModelConfig
 from bone_ds.errors import CheckpointError, ConfigError
 from bone_ds.tensor_file import drop_pages
-from llama_adapters import attention, checks
+from llama_adapters import attention, blobs, checks
 
 TOKENIZER_FILES = ("config.json", "tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 """Of a repository on the hub; with the model's config."""
@@ -55,6 +56,7 @@ def open(model: ModelConfig) -> Source:
         if getattr(model, field) != "auto":
             raise ConfigError(f"model.{field}: {getattr(model, field)!r} is for RWKV6, {model.path} is a Llama; remove it")
     directory, revision = _find(model)
+    blobs.check(path for path in directory.iterdir() if path.is_file() and path.suffix != ".safetensors")
     config = checks.read_config(directory)
     tensors = checks.check_tensors(config, checks.read_tensors(directory), directory)
     checks.check_tokenizer(directory)
@@ -85,20 +87,41 @@ def config_of(source: Source) -> LlamaConfig:
     return source.config if isinstance(source, OutlinedSource) else LlamaConfig.from_pretrained(source.path)  # `open` has checked it
 
 
-def load(model: nn.Module, source: Source, placement: Placement) -> None:
+def load(model: nn.Module, source: Source, placement: Placement, checksums: Checksums | None = None) -> None:
     """Streams the weights into the model, one tensor at a time, in the order of its parameters.
 
     A tensor's bytes leave memory once it is placed, so that the files are never there as a whole. Called outside
     `Placement.empty()`. Raises CheckpointError.
+
+    checksums: of the tensors as they are stored, and of what else decides the model's outputs; None: none are taken but of files that
+    state their own.
     """
     tensors = _read_checked(source.path, model.config)
+    paths = sorted({stored.file for stored in tensors.values()})
+    blobs.check(checksums.share(paths) if checksums else paths)
     with ExitStack() as stack:
-        files = {path: stack.enter_context(_mapped(path)) for path in sorted({stored.file for stored in tensors.values()})}
+        files = {path: stack.enter_context(_mapped(path)) for path in paths}
+        stated = {path: stated_in(path, file.metadata()) for path, file in files.items()}
+        if any(stated.values()):
+            checksums = checksums or Checksums()
         for name, param in model.named_parameters():
-            tensor = files[tensors[name].file].get_tensor(name)
-            placement.assign(param, tensor)
+            path = tensors[name].file
+            tensor = files[path].get_tensor(name)
+            with checksums.taking(name, tensor) if checksums else nullcontext() as taken:
+                placement.assign(param, tensor)
+            if taken:
+                check_stated(path, stated[path], name, taken.result())
             drop_pages(tensor)
+    if checksums:
+        note_files(checksums, source)
+        checksums.finish()
     _recompute_rotary_tables(model)
+
+
+def note_files(checksums: Checksums, source: Source) -> None:
+    """What beside the tensors decides the outputs."""
+    checksums.note("config.json", lambda: checks.forward_fields(config_of(source)))
+    checksums.note("tokenizer.json", lambda: checks.tokenizer_fields(source.path))
 
 
 def fingerprint(tensors: dict[str, checks.Stored]) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bone_ds.arch import Inventory, Placement, Reading, Source, State
+    from bone_ds.checksums import Checksums
     from bone_ds.config import ModelConfig
 
 
@@ -61,10 +62,10 @@ class Rwkv:
 
         return weights.build(source, dtype)
 
-    def load(self, model: nn.Module, source: Source, placement: Placement) -> None:
+    def load(self, model: nn.Module, source: Source, placement: Placement, checksums: Checksums | None = None) -> None:
         from rwkv_adapters import weights
 
-        weights.load(model, source, placement)
+        weights.load(model, source, placement, checksums)
 
     def keep_as_on(self, model: nn.Module, device: str) -> None:
         if device == "cuda":
@@ -90,10 +91,10 @@ class Rwkv:
         return generation.Reading(model, documents)
 
     def rewrite(self, source: Source, out: Path, change: Callable[[str, Tensor], Tensor],
-                added: Mapping[str, Tensor]) -> None:
+                added: Mapping[str, Tensor], checksums: Checksums | None = None) -> None:
         from rwkv_adapters import rewriting
 
-        rewriting.rewrite(source, out, change, added)
+        rewriting.rewrite(source, out, change, added, checksums)
 
 
 ARCHITECTURE = Rwkv()

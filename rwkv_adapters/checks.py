@@ -6,15 +6,19 @@ Everything wrong is a CheckpointError that names the file, the tensor, and its v
 from __future__ import annotations
 
 import re
+import struct
 import zipfile
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+from bone_ds.checksums import crc32
 from bone_ds.errors import CheckpointError
+from bone_ds.tensor_file import open_file
 from rwkv_adapters.model import MIXES, Sizes, parameter_shapes
 
 SUFFIXES = (".pth", ".safetensors")
@@ -68,9 +72,34 @@ def one_line(error: Exception, limit: int = 200) -> str:
     return text if len(text) <= limit else text[:limit - 3] + "..."
 
 
+class Records:
+    """What the archive of a .pth says of the data in it: its CRC-32s. A .safetensors file says nothing."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._known = None if path.suffix == ".safetensors" else {(entry.file_size, f"{entry.CRC:08x}") for entry in _entries(path)}
+        self._whole: set[int] = set()
+
+    def check(self, name: str, tensor: Tensor, taken: Future[str] | None) -> None:
+        """taken: the tensor's CRC-32; None: it is checked elsewhere. Raises CheckpointError for data that the archive does not hold."""
+        if self._known is None or taken is None:
+            return
+        storage = tensor.untyped_storage()
+        if tensor.is_contiguous() and tensor.nbytes == storage.nbytes():
+            found = taken.result()
+        elif storage.data_ptr() in self._whole:
+            return
+        else:  # a part of what other tensors are parts of too
+            found = crc32(torch.empty(0, dtype=torch.uint8).set_(storage))
+            self._whole.add(storage.data_ptr())
+        if (storage.nbytes(), found) not in self._known:
+            raise CheckpointError(f"{self._path}: is damaged: the data of {name} has not the CRC-32 that the archive says; copy or "
+                                  "download it again")
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_file(path) as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise CheckpointError(f"{path}: is no whole safetensors file: {one_line(error)}") from None
@@ -108,7 +137,10 @@ def _check_records(tensors: dict[str, Tensor], record_sizes: Counter[int], path:
 
 
 def _check_archive(path: Path) -> Counter[int]:
-    """A .pth is an uncompressed zip archive whose directory stands at its end; returns the sizes of its records in bytes."""
+    """A .pth is an uncompressed zip archive whose directory stands at its end; returns the sizes of its records in bytes.
+
+    All but the tensors' data, which is read later, is compared with its CRC-32.
+    """
     with open(path, "rb") as file:
         magic = file.read(4)
     if not zipfile.is_zipfile(path):
@@ -116,15 +148,21 @@ def _check_archive(path: Path) -> Counter[int]:
             raise CheckpointError(f"{path}: is cut off, its end is missing; copy or download it again")
         old = "; if PyTorch before 1.6 wrote it, load it there and save it again" if magic[:1] == b"\x80" else ""
         raise CheckpointError(f"{path}: is {'no PyTorch file' if magic else 'empty'}, a .pth is a zip archive{old}")
+    return Counter(entry.file_size for entry in _entries(path))
+
+
+def _entries(path: Path) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, ValueError) as error:
+            for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    raise CheckpointError(f"{path}: {entry.filename} in it is compressed, PyTorch doesn't write such files; use torch.save")
+                with archive.open(entry) as record:
+                    while "/data/" not in entry.filename and record.read(2**20):
+                        pass
+            return archive.infolist()
+    except (zipfile.BadZipFile, ValueError, RuntimeError, EOFError, struct.error) as error:  # RuntimeError: it says that it is encrypted
         raise CheckpointError(f"{path}: is damaged: {one_line(error)}; copy or download it again") from None
-    for entry in entries:
-        if entry.compress_type != zipfile.ZIP_STORED:
-            raise CheckpointError(f"{path}: {entry.filename} in it is compressed, PyTorch doesn't write such files; use torch.save")
-    return Counter(entry.file_size for entry in entries)
 
 
 def _check_version(tensors: dict[str, Tensor], path: Path) -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bone_ds.arch import Source
+from bone_ds.checksums import Checksums
 from bone_ds.errors import ConfigError
 from bone_ds.tensor_file import drop_pages
 from rwkv_adapters import checks
@@ -35,36 +36,49 @@ _ALIGNMENT_BYTES = 64
 """Of each tensor's data in a .pth, as PyTorch aligns it: mapped memory can then be computed with as it is."""
 
 
-def rewrite(source: Source, out: Path, change: Callable[[str, Tensor], Tensor], added: Mapping[str, Tensor]) -> None:
+def rewrite(source: Source, out: Path, change: Callable[[str, Tensor], Tensor], added: Mapping[str, Tensor],
+            checksums: Checksums | None = None) -> None:
     """Writes every tensor as change(name, tensor), in the source's order, dtypes and shapes, as .pth or .safetensors.
 
     Of `added`, those that the source lacks follow, in the embedding's dtype.
 
-    Written aside and renamed. Raises ConfigError for another ending.
+    Written aside and renamed. Raises ConfigError for another ending, and CheckpointError where the source is found damaged, by its own
+    checksums or by those given.
     """
     if out.suffix not in _WRITERS:
         raise ConfigError(f"--out: {out}: an RWKV6 model is a {' or '.join(_WRITERS)} file, give it one of these endings")
     tensors = checks.read_tensors(source.path)
     dtype = tensors["emb.weight"].dtype
-    tensors |= {name: tensor.to(dtype) for name, tensor in added.items() if name not in tensors}
-    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    lacking = {name: tensor.to(dtype) for name, tensor in added.items() if name not in tensors}
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in (tensors | lacking).items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(out.name + ".partial")
     try:
-        _WRITERS[out.suffix](aside, layout, _changed(tensors, change, added))
+        _WRITERS[out.suffix](aside, layout, _changed(source, tensors, lacking, change, checksums or Checksums()))
         os.replace(aside, out)
     finally:
         aside.unlink(missing_ok=True)
 
 
-def _changed(tensors: dict[str, Tensor], change: Callable[[str, Tensor], Tensor], added: Mapping[str, Tensor]) -> Iterator[memoryview]:
-    """The bytes of each tensor in turn; the last one's pages leave memory before the next is read."""
+def _changed(source: Source, tensors: dict[str, Tensor], lacking: dict[str, Tensor], change: Callable[[str, Tensor], Tensor],
+             checksums: Checksums) -> Iterator[memoryview]:
+    """The bytes of each tensor in turn, then of those that the source lacks; the last one's pages leave memory before the next is read."""
+    records = checks.Records(source.path)
     for name, tensor in tensors.items():
-        changed = change(name, tensor).to(tensor.dtype)
-        assert changed.numel() == tensor.numel(), name
-        yield memoryview(changed.contiguous().flatten().view(torch.uint8).numpy())
-        if name not in added:
-            drop_pages(tensor)
+        with checksums.taking(name, tensor) as taken:
+            content = _bytes(name, tensor, change)
+        records.check(name, tensor, taken)
+        yield content
+        drop_pages(tensor)
+    checksums.finish()
+    for name, tensor in lacking.items():
+        yield _bytes(name, tensor, change)
+
+
+def _bytes(name: str, tensor: Tensor, change: Callable[[str, Tensor], Tensor]) -> memoryview:
+    changed = change(name, tensor).to(tensor.dtype)
+    assert changed.numel() == tensor.numel(), name
+    return memoryview(changed.contiguous().flatten().view(torch.uint8).numpy())
 
 
 def _write_safetensors(path: Path, layout: _Layout, contents: Iterator[memoryview]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bone_ds.arch import Inventory, Placement, Source
+from bone_ds.checksums import Checksums
 from bone_ds.config import ModelConfig
 from bone_ds.errors import CheckpointError
 from bone_ds.tensor_file import drop_pages
@@ -58,21 +59,27 @@ def build(source: RwkvSource, dtype: torch.dtype) -> Rwkv6:
         return Rwkv6(source.sizes, source.wkv)
 
 
-def load(model: Rwkv6, source: RwkvSource, placement: Placement) -> None:
+def load(model: Rwkv6, source: RwkvSource, placement: Placement, checksums: Checksums | None = None) -> None:
     """Streams the weights into the model, one tensor at a time, in the order of its parameters.
 
     A tensor's bytes leave memory once it is placed, so that the file is never there as a whole. Called outside
     `Placement.empty()`. Raises CheckpointError, and ConfigError for a WKV operator that is not to be had on this device.
+
+    checksums: of the tensors as they are stored; of a .pth they are compared with the archive's own even where none are asked for.
     """
     operator(source.wkv, model.emb.weight.device)
     tensors = checks.read_tensors(source.path)
     if checks.check_tensors(tensors, source.path) != source.sizes:
         raise CheckpointError(f"{source.path}: has other tensors than when it was opened; start again")
-    params = dict(model.named_parameters())
+    params, records = dict(model.named_parameters()), checks.Records(source.path)
+    checksums = checksums or Checksums()
     for name, shape in parameter_shapes(source.sizes).items():
         tensor = tensors.pop(name)
-        placement.assign(params[name], tensor.reshape(shape))
+        with checksums.taking(name, tensor) as taken:
+            placement.assign(params[name], tensor.reshape(shape))
+        records.check(name, tensor, taken)
         drop_pages(tensor)
+    checksums.finish()
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
+from safetensors.torch import load_file
 from test_run_lock import HOLDER
 
 from bone_ds import adapter_file, checkpoint
@@ -136,6 +137,22 @@ def test_none_yet(tree, run, whole, capsys):
     train(validate(tree(begun_from_another.path), "case"), ALONE, resume=True)
     assert [event["step"] for event in events(begun_from_another, "start")] == [3, 3]
     assert adapters_are_equal(begun_from_another, whole)
+
+
+def test_a_base_of_which_a_bit_has_changed_is_refused(tree, run):
+    model = Path(tree(run.path)["model"]["path"]) / "model.safetensors"
+    content, embedding = model.read_bytes(), load_file(model)["model.embed_tokens.weight"].numpy().tobytes()
+    flipped = bytearray(content)
+    flipped[content.index(embedding) + len(embedding) // 2] ^= 1
+    shutil.rmtree(run.checkpoints / "step-00000004")  # or there were nothing left to do
+    try:
+        model.write_bytes(flipped)
+        for resume in (True, run.checkpoints / "step-00000002"):
+            with pytest.raises(CheckpointError, match="step-0000000[23]: the base model at model.path has changed since: "
+                                                      "model.embed_tokens.weight holds other bytes"):
+                train(validate(tree(run.path), "case"), ALONE, resume=resume)
+    finally:
+        model.write_bytes(content)
 
 
 def test_an_earlier_one_by_name(tree, run, whole, capsys):

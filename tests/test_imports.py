@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    "bone_ds.errors, ds_configs", "bone_ds.provenance, bone_ds.tensor_file, bone_ds.publishing, bone_ds.live", "bone_ds.bone",
+    "bone_ds.errors, ds_configs", "bone_ds.provenance, bone_ds.tensor_file, bone_ds.publishing, bone_ds.live", "bone_ds.checksums",
+    "bone_ds.bone",
     "bone_ds.config", "bone_ds.data_paths", "bone_ds.activation_policy, bone_ds.monitoring", "bone_ds.ds_json", "bone_ds.arch",
     "llama_adapters, rwkv_adapters", "bone_ds.methods", "bone_ds.inject", "bone_ds.resolution", "bone_ds.activation", "bone_ds.data",
     "bone_ds.loss", "bone_ds.objective", "bone_ds.adapter_file", "bone_ds.merge", "bone_ds.formats", "bone_ds.hugging_face", "bone_ds.plan",
@@ -54,7 +55,7 @@ def test_imports_go_one_way(path):
     assert "deepspeed" not in packages or unit(name) == "bone_ds.engine", f"{name} imports deepspeed"
     if unit(name) in ("llama_adapters", "rwkv_adapters"):
         assert {unit(ours) for ours in used if ours.startswith("bone_ds")} <= {
-            "bone_ds.arch", "bone_ds.config", "bone_ds.errors", "bone_ds.tensor_file"}
+            "bone_ds.arch", "bone_ds.checksums", "bone_ds.config", "bone_ds.errors", "bone_ds.tensor_file"}
     if unit(name) == "bone_ds.bone":
         assert packages <= {"bone_ds", "torch", "__future__", "collections", "contextlib", "dataclasses", "functools", "math"}
         assert {unit(ours) for ours in used if ours.startswith("bone_ds")} <= {"bone_ds.bone", "bone_ds.errors"}

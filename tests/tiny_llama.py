@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from whole_on_cpu import WholeOnCpu
 
-from bone_ds import adapter_file
+from bone_ds import adapter_file, checksums
+from bone_ds.checksums import Checksums
 from bone_ds.config import ModelConfig, RunConfig
 from bone_ds.inject import inject
 from llama_adapters import ARCHITECTURE, attention, gguf_conversion
@@ -45,13 +46,13 @@ def opened(path, **changes):
     return ARCHITECTURE.open(ModelConfig(path=str(path), **changes))
 
 
-def built_and_loaded(source, dtype=torch.float32):
+def built_and_loaded(source, dtype=torch.float32, checksums=None):
     placement = WholeOnCpu()
     with placement.empty():
         model = ARCHITECTURE.build(source, dtype)
     for param in model.parameters():
         param.data.fill_(float("nan"))
-    ARCHITECTURE.load(model, source, placement)
+    ARCHITECTURE.load(model, source, placement, checksums)
     return model
 
 
@@ -69,13 +70,13 @@ def random_adapter(directory, path, dtype="fp32", **adapter):
     config = RunConfig.model_validate({
         "model": {"path": str(directory), "dtype": dtype}, "adapter": adapter, "data": {"train": "train.jsonl"},
         "output": {"directory": "run"}})
-    source = opened(directory)
-    model = built_and_loaded(source)
+    source, base = opened(directory), Checksums()
+    model = built_and_loaded(source, checksums=base)
     trainable = inject(model, ARCHITECTURE, config.adapter)
     torch.manual_seed(1)
     for parameter in trainable.values():
         torch.nn.init.normal_(parameter, std=0.05)
-    adapter_file.write(path, adapter_file.header_of(config, ARCHITECTURE, source, step=3), trainable)
+    adapter_file.write(path, adapter_file.header_of(config, ARCHITECTURE, source, 3, checksums.record(base.values)), trainable)
     return model
 
 

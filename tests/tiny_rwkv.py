@@ -44,13 +44,13 @@ def opened(path, **changes):
     return ARCHITECTURE.open(ModelConfig(path=str(path), **changes))
 
 
-def built_and_loaded(source, dtype=torch.float32):
+def built_and_loaded(source, dtype=torch.float32, checksums=None):
     placement = WholeOnCpu()
     with placement.empty():
         model = ARCHITECTURE.build(source, dtype)
     for param in model.parameters():
         param.data.fill_(float("nan"))
-    ARCHITECTURE.load(model, source, placement)
+    ARCHITECTURE.load(model, source, placement, checksums)
     return model
 
 

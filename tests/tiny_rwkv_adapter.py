@@ -6,7 +6,8 @@ import os
 import tiny_rwkv
 import torch
 
-from bone_ds import adapter_file
+from bone_ds import adapter_file, checksums
+from bone_ds.checksums import Checksums
 from bone_ds.config import RunConfig
 from bone_ds.inject import inject
 from rwkv_adapters import ARCHITECTURE
@@ -17,14 +18,14 @@ def random_adapter(base, path, dtype="fp32", **adapter):
     config = RunConfig.model_validate({
         "model": {"path": str(base), "dtype": dtype, "wkv": "naive"}, "adapter": adapter, "data": {"train": "train.jsonl"},
         "output": {"directory": "run"}})
-    source = ARCHITECTURE.open(config.model)
-    model = tiny_rwkv.built_and_loaded(source)
+    source, base = ARCHITECTURE.open(config.model), Checksums()
+    model = tiny_rwkv.built_and_loaded(source, checksums=base)
     trainable = inject(model, ARCHITECTURE, config.adapter)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in trainable.values():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    adapter_file.write(path, adapter_file.header_of(config, ARCHITECTURE, source, step=3), trainable)
+    adapter_file.write(path, adapter_file.header_of(config, ARCHITECTURE, source, 3, checksums.record(base.values)), trainable)
     return model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,6 +34,8 @@ class Origin:
     data_fingerprint: str
     config: str
     """YAML."""
+    base_names: Collection[str] = ()
+    """What the header's base_crc32 is of."""
 
 
 @dataclass(frozen=True)

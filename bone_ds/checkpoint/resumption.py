@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from bone_ds import adapter_file, checksums
 from bone_ds import engine as engines
 from bone_ds.checkpoint import files, retention
 from bone_ds.checkpoint.files import Origin
@@ -49,6 +50,10 @@ def given(path: Path, origin: Origin) -> Manifest:
     manifest = files.verify(path)
     if manifest.base_fingerprint != origin.header.base_fingerprint:
         raise CheckpointError(f"{path}: was trained on another base model than now lies at model.path")
+    before, now = adapter_file.outline(path / files.ADAPTER)[0].base_crc32, origin.header.base_crc32
+    if name := checksums.changed(before, now, origin.base_names):
+        raise CheckpointError(f"{path}: the base model at model.path has changed since: {name} holds other bytes; it is damaged, or "
+                              "another: give the one that was trained on")
     if manifest.data_fingerprint != origin.data_fingerprint:
         raise CheckpointError(f"{path}: was written over other training samples; data files, prompt or tokenizer have changed")
     return manifest
