@@ -91,6 +91,18 @@ def test_what_is_not_kept(rows, tmp_path, monkeypatch):
     assert not (tmp_path / "tokens").exists()
 
 
+@pytest.mark.parametrize("name", ["tokens.npy", "offsets.npy", "learnt.npy", "rows.npy", "manifest.json"])
+def test_a_flipped_bit_is_noticed(rows, tmp_path, name):
+    whole = load(rows, tmp_path)
+    path = whole.parts[0].cached / name
+    for place in (5, path.stat().st_size // 2, path.stat().st_size - 3):
+        content = bytearray(path.read_bytes())
+        content[place] ^= 2
+        path.write_bytes(content)
+        again = load(rows, tmp_path)
+        assert not was_cached(again) and again.fingerprint() == whole.fingerprint() and again.report == whole.report
+
+
 @pytest.mark.parametrize("damage", ["cut", "no manifest", "no array", "half a manifest", "empty"])
 def test_damaged_data_is_made_anew(rows, tmp_path, damage):
     place = load(rows, tmp_path).parts[0].cached

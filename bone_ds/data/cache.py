@@ -1,8 +1,9 @@
 """Tokenised sources on disk: found by what they were made of, made once per host, never seen half.
 
 `CACHE/tokens/KEY/` holds `tokens.npy`, `offsets.npy`, `learnt.npy` and `rows.npy`, which are mapped into memory, so that the ranks of a
-host share them, and `manifest.json`. KEY hashes everything that decides what is in it: the files' content (the commit, for the hub),
-the tokenizer, the prompt, lengths and limits, and the code itself.
+host share them, and `manifest.json`, which has the CRC-32 of each and of itself: what has changed since is made anew. KEY hashes
+everything that decides what is in it: the files' content (the commit, for the hub), the tokenizer, the prompt, lengths and limits, and
+the code itself.
 
 The ranks of a host come at once. The one that takes the lock first builds aside and renames; the others wait for the lock and
 find it done. The system frees the lock of a rank that dies, and the next one builds.
@@ -15,6 +16,7 @@ import json
 import logging
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -34,6 +36,7 @@ SMALLEST_BYTES = 2**20
 """Files of less are tokenised in about a second, at every start."""
 _ARRAYS = ("tokens", "offsets", "learnt", "rows")
 _MANIFEST = "manifest.json"
+_READ_BYTES = 2**20
 
 
 def place_of(directory: Path, located: Sequence[Located], prompt: Prompt | ChatPrompt, tokenizer, data: DataConfig,
@@ -78,11 +81,29 @@ def _read(place: Path) -> Samples | None:
     """None where there is nothing, or what is there is damaged."""
     try:
         manifest = json.loads((place / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest.pop("crc32") != _crc32_of(manifest) or manifest["files"] != _crc32s(place):
+            return None
         arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
-        whole = {name: list(array.shape) for name, array in arrays.items()} == manifest["shapes"]
-        return Samples(**arrays, eos_token_id=manifest["eos_token_id"], report=Report(**manifest["report"])) if whole else None
-    except (OSError, EOFError, ValueError, KeyError, TypeError):
+        return Samples(**arrays, eos_token_id=manifest["eos_token_id"], report=Report(**manifest["report"]))
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _crc32s(place: Path) -> dict[str, int]:
+    """Of each array's file."""
+    return {name: _crc32_of_file(place / f"{name}.npy") for name in _ARRAYS}
+
+
+def _crc32_of_file(path: Path) -> int:
+    found = 0
+    with path.open("rb") as file:
+        while part := file.read(_READ_BYTES):
+            found = zlib.crc32(part, found)
+    return found
+
+
+def _crc32_of(manifest: dict) -> int:
+    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _aside(place: Path) -> Path:
@@ -97,9 +118,8 @@ def _write(place: Path, samples: Samples) -> None:
     arrays = {name: getattr(samples, name) for name in _ARRAYS}
     for name, array in arrays.items():
         np.save(aside / f"{name}.npy", array, allow_pickle=False)
-    manifest = {"eos_token_id": samples.eos_token_id, "report": asdict(samples.report),
-                "shapes": {name: list(array.shape) for name, array in arrays.items()}}
-    (aside / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    manifest = {"eos_token_id": samples.eos_token_id, "report": asdict(samples.report), "files": _crc32s(aside)}
+    (aside / _MANIFEST).write_text(json.dumps(manifest | {"crc32": _crc32_of(manifest)}, indent=2) + "\n", encoding="utf-8")
     for path in aside.iterdir():
         with path.open("rb+") as file:
             os.fsync(file.fileno())  # a name must not outlive its content when the power fails
