@@ -18,14 +18,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from bone_ds import adapter_file, arch, bone, tensor_file
+from bone_ds import adapter_file, arch, bone, checksums, tensor_file
 from bone_ds.adapter_file import FORMAT_VERSION, Header
 from bone_ds.arch import Architecture, Source
 from bone_ds.bone.grouping import matches, shape_pattern
@@ -62,6 +63,7 @@ def import_adapter(path: Path, base: str, out: Path) -> Header:
     check_absent(out)
     config = _read_config(path)
     tensors = _read_tensors(path)
+    check_stated(path, _method(path, config))
     model_config = model_of(path=base)
     architecture = arch.resolve(model_config)
     source = architecture.open(model_config)
@@ -88,10 +90,43 @@ def export_adapter(path: Path, out: Path, dtype: str = "auto", reader: str = "pe
     def write(aside: Path) -> None:
         aside.mkdir()
         (aside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        save_file(renamed, aside / WEIGHTS, metadata={"format": "pt"})
+        save_file(renamed, aside / WEIGHTS, metadata=stating(renamed, _method(out, config)))
 
     write_aside(out, write)
     return dtype
+
+
+def stating(tensors: Mapping[str, Tensor], method: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata of adapter_model.safetensors in which it states the CRC-32s of its tensors and of the method that they are of.
+
+    method: r, grouping, form and groups.
+    """
+    return {"format": "pt"} | checksums.stating(tensors, _noted(method))
+
+
+def check_stated(path: Path, method: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where a directory's tensors, or the method that its configuration tells, are not what the file states.
+
+    One that PEFT itself wrote states nothing.
+    """
+    try:
+        with tensor_file.open_file(path / WEIGHTS) as file:
+            stated = checksums.stated_in(path / WEIGHTS, file.metadata())
+            found = checksums.crc32s({name: file.get_tensor(name) for name in file.keys()}, _noted(method)) if stated else {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: {WEIGHTS} is no safetensors file, or a damaged one: {str(error).splitlines()[0]}") from None
+    for name in sorted(stated.keys() ^ found.keys()):
+        raise CheckpointError(f"{path / WEIGHTS}: is damaged: {name}: the file's header states other tensors than it holds")
+    for name, value in found.items():
+        checksums.check_stated(path / WEIGHTS, stated, name, value)
+
+
+def _noted(method: Mapping[str, Any]) -> dict[str, bytes]:
+    return {CONFIG: json.dumps(method, sort_keys=True).encode()}
+
+
+def _method(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    return {"r": config["r"], "grouping": _grouping(path, config), "form": _form(config), "groups": config.get("groups")}
 
 
 def outline(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -241,7 +276,7 @@ def _grouping(path: Path, config: dict[str, Any]) -> str:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """In fp32, by the names they have in an adapter of this project."""
     try:
-        with safe_open(path / WEIGHTS, framework="pt") as file:
+        with tensor_file.open_file(path / WEIGHTS) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
         raise _no_weights(path) from None

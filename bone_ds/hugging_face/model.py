@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import warnings
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
+from bone_ds import tensor_file
+from bone_ds.checksums import stated_in
 from bone_ds.errors import BoneError, CheckpointError, ConfigError
+from bone_ds.formats import peft as peft_format
 from bone_ds.hugging_face.config import BoneConfig
 from bone_ds.hugging_face.tuner import BoneTuner, frozen_as_before_on_error
 
@@ -57,6 +62,17 @@ class BoneModel(PeftModel):
                 raise
         return adapted
 
+    def save_pretrained(self, save_directory: Path, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; the files state the CRC-32s of their tensors beside, which loading checks."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
+        for adapter_name, config in self.peft_config.items():
+            path = pathlib.Path(save_directory) / ("" if adapter_name == "default" else adapter_name) / peft_format.WEIGHTS
+            if path.exists() and not stated_in(path, tensor_file.outline(path)[1]):
+                tensors = load_file(path)
+                tensor_file.save_file(tensors, path, peft_format.stating(tensors, config.method))
+
     def add_adapter(self, adapter_name: str, peft_config: BoneConfig, **kwargs: Any) -> None:
         """Adds an untrained adapter; `set_adapter` makes it the active one."""
         _check_config(peft_config)
@@ -95,6 +111,9 @@ class BoneModel(PeftModel):
             self.set_requires_grad(adapter_name)
 
     def _load_tensors(self, model_id: Path, adapter_name: str, is_trainable: bool, kwargs: dict[str, Any]):
+        path = pathlib.Path(model_id) / (kwargs.get("subfolder") or "")
+        if (path / peft_format.WEIGHTS).exists():
+            peft_format.check_stated(path, _read_config(model_id, self._split_kwargs(kwargs)[0]).method)
         try:
             result = super().load_adapter(model_id, adapter_name, is_trainable, **kwargs)
         except KeyError as error:
