@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bone_ds import __version__, cli_generate, launch, stopping
+from bone_ds import __version__, cli_generate, errors, launch, stopping
 from bone_ds.errors import USER_ERROR, BoneError, CheckpointError, ConfigError, LostRankError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _report(error: BoneError) -> None:
     ranks = launch.current()
     if ranks and not ranks.is_first:
         time.sleep(LET_SPEAK_S)
-    print(f"bone-ds: {error}", file=sys.stderr, flush=True)
+    print(f"bone-ds: {errors.printable(str(error))}", file=sys.stderr, flush=True)
 
 
 def _parse(given: list[str]) -> argparse.Namespace:
@@ -381,7 +381,7 @@ def _inspect(options: argparse.Namespace, given: list[str]) -> int:
     from bone_ds.inspection import inspect
 
     found = inspect(options.path)
-    print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False) if options.json else found.as_text())
+    print(json.dumps(found.as_dict(), indent=2) if options.json else errors.printable(found.as_text(), 10**6))
     return USER_ERROR if found.problems else 0
 
 

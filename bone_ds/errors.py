@@ -4,6 +4,12 @@ USER_ERROR = 2
 """The exit code of a command that a BoneError ended."""
 
 
+def printable(text: str, characters: int = 4000) -> str:
+    """For a terminal: names that stand in files may hold what steers one, or be long."""
+    text = text if len(text) <= characters else text[:characters] + "..."
+    return "".join(one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in text)
+
+
 class BoneError(Exception):
     """Base of every error that is the user's to mend; the command line prints it without a traceback and exits with USER_ERROR."""
 

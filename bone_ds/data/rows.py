@@ -108,7 +108,9 @@ def _is_list(path: Path) -> bool:
 def _lines(path: Path) -> Iterator[str]:
     """With their ends; the byte order mark is left out."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(LARGEST_TEXT_BYTES + 1), b""), start=1):
+            if len(line) > LARGEST_TEXT_BYTES:
+                raise DataError(f"{path}:{number}: the line has more than {LARGEST_TEXT_BYTES} bytes; a row stands on a line of its own")
             yield _decode(path, line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line, number)
 
 

@@ -83,6 +83,9 @@ def _files_of(directory: Path, subset: str | None, split: str) -> tuple[Path, ..
                         f"Lay it out as on the hub, for example data/{split}-00000-of-00001.parquet, or name the files") from None
     if split not in (by_split or {}):
         raise DataError(_no_split(str(directory), split, list(by_split or {})))
+    for path in by_split[split]:
+        if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(directory)):
+            raise DataError(f"{directory}: its README.md names {str(path)[:160]}, which does not lie in it; name such files in the config")
     return tuple(map(Path, by_split[split]))
 
 
