@@ -106,17 +106,13 @@ def forward_fields(config: LlamaConfig) -> bytes:
 
 
 def tokenizer_fields(directory: Path) -> bytes:
-    """What of the tokenizer's files decides the tokens of a text, and where it ends. Raises CheckpointError."""
+    """What of the tokenizer's files decides the tokens of a text, and where it begins and ends. Raises CheckpointError."""
     if not (directory / "tokenizer.json").exists():
         return b"".join((directory / name).read_bytes() for name in ("tokenizer.model", "vocab.json", "merges.txt")
                         if (directory / name).exists())
     fields, settings = (_read_json(directory / name, "") if (directory / name).exists() else {} for name in _TOKENIZER)
-    model = fields.get("model") if isinstance(fields.get("model"), dict) else {}
-    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model.get("merges") or []]  # by version one or the other
-    ends = {name: given.get("content") if isinstance(given := settings.get(name), dict) else given for name in ("bos_token", "eos_token")}
-    decisive = {"vocab": model.get("vocab"), "merges": merges, **ends, "add_bos_token": settings.get("add_bos_token"),
-                **{name: fields.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor")}}
-    return json.dumps(decisive, sort_keys=True).encode()
+    ends = [given.get("content") if isinstance(given := settings.get(name), dict) else given for name in ("bos_token", "eos_token")]
+    return json.dumps([fields, *ends, settings.get("add_bos_token")], sort_keys=True).encode()
 
 
 def check_tokenizer(directory: Path) -> None:

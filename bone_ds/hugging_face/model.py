@@ -112,6 +112,8 @@ class BoneModel(PeftModel):
 
     def _load_tensors(self, model_id: Path, adapter_name: str, is_trainable: bool, kwargs: dict[str, Any]):
         path = pathlib.Path(model_id) / (kwargs.get("subfolder") or "")
+        if path.is_dir() and not any((path / name).exists() for name in (peft_format.WEIGHTS, "adapter_model.bin")):
+            raise CheckpointError(f"{path}: holds no {peft_format.WEIGHTS}")
         if (path / peft_format.WEIGHTS).exists():
             peft_format.check_stated(path, _read_config(model_id, self._split_kwargs(kwargs)[0]).method)
         try:
