@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -17,10 +18,12 @@ from bone_ds.errors import USER_ERROR, BoneError, CheckpointError, ConfigError, 
 
 if TYPE_CHECKING:
     from bone_ds.config import RunConfig
+    from bone_ds.run_directory import RunDirectory
 
 BROKEN = 1
 UNREAD = 128 + 13
 INTERRUPTED = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+FULL = (errno.ENOSPC, errno.EDQUOT)
 LET_SPEAK_S = 8.0
 """What a rank waits for the one that says the same for all; launchers end the others as soon as one is gone."""
 LAST_WORD_S = 10.0
@@ -39,12 +42,14 @@ def main(arguments: list[str] | None = None) -> int:
         _report(error)
         return USER_ERROR
     except BrokenPipeError:  # who reads stdout, such as `head`, has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered is written at exit
+        _let_go_of_output()
         return UNREAD
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in FULL:
             raise
-        _report(ConfigError(f"{error.filename}: {error.strerror}"))
+        if error.filename is None:
+            _let_go_of_output()
+        _report(ConfigError(f"{error.filename or 'a file, or the output of this command'}: {error.strerror}"))
         return USER_ERROR
     except LostRankError as error:
         if not error.hangs:
@@ -56,6 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
         return BROKEN
     except KeyboardInterrupt:
         return 130
+
+
+def _let_go_of_output() -> None:
+    """What is still buffered would be written at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _without_local_rank(arguments: list[str]) -> list[str]:
@@ -216,42 +226,58 @@ def _add_base(command: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace, given: list[str]) -> int:
-    from bone_ds import ds_json, monitoring, restarts
-    from bone_ds.config import load_config
-    from bone_ds.run_directory import RunDirectory
-
     if options.max_restarts < 0:
         raise ConfigError(f"--max-restarts: {options.max_restarts} is less than none, give 0 or more")
-    config = load_config(options.config, options.overrides)
+    launch.adopt_slurm_step()
     ranks = launch.current()
-    run = RunDirectory.planned(config)
-    # What is wrong is said before ranks and their imports are paid for.
-    try:
-        if ranks is None or ranks.is_first:  # other hosts may have no such directory
-            run.check(config, options.resume)
-        _check_paths(config)
-    except OSError as error:
-        raise ConfigError(f"{error.filename}: {error.strerror}") from None
     if ranks is None:
-        run.check_unlocked()
-        world_size = options.ranks if options.ranks is not None else max(1, launch.count_gpus())
-        monitoring.check_installed(ds_json.resolve(config, max(1, world_size)))
-        code = restarts.start(given, world_size, run, options.max_restarts) if options.max_restarts else launch.start(given, world_size)
-        if code == launch.KILLED:
-            print("SIGKILL is what the system sends when memory runs out: lower data.max_length or train.micro_batch_size, or set "
-                  "train.activation_checkpointing: layer", file=sys.stderr)
-        if code in INTERRUPTED and run.adapter.exists():  # written with every checkpoint
-            print(f"bone-ds: stopped; with --resume the run in {run.path} goes on from its last checkpoint", file=sys.stderr)
-        return code
+        return _start_ranks(options, given)
+    with stopping.listening(speaks=ranks.is_first) as stop:  # all imports of weight come after it
+        return _train_as(ranks, options, stop)
+
+
+def _start_ranks(options: argparse.Namespace, given: list[str]) -> int:
+    from bone_ds import ds_json, monitoring, restarts
+
+    config, run = _checked(options)
+    run.check_unlocked()
+    world_size = options.ranks if options.ranks is not None else max(1, launch.count_gpus())
+    monitoring.check_installed(ds_json.resolve(config, max(1, world_size)))
+    code = restarts.start(given, world_size, run, options.max_restarts) if options.max_restarts else launch.start(given, world_size)
+    if code == launch.KILLED:
+        print("SIGKILL is what the system sends when memory runs out: lower data.max_length or train.micro_batch_size, or set "
+              "train.activation_checkpointing: layer", file=sys.stderr)
+    if code in INTERRUPTED and run.adapter.exists():  # written with every checkpoint
+        print(f"bone-ds: stopped; with --resume the run in {run.path} goes on from its last checkpoint", file=sys.stderr)
+    return code
+
+
+def _train_as(ranks: launch.Ranks, options: argparse.Namespace, stop: stopping.StopRequest) -> int:
+    config, _ = _checked(options, has_run=ranks.is_first)  # other hosts may have no such directory
     if options.max_restarts:
         raise ConfigError(f"--max-restarts: {options.max_restarts} is for `bone-ds train` without another launcher; torchrun has its own")
     if options.ranks not in (None, ranks.world_size):
         raise ConfigError(f"--ranks: {options.ranks}, but the launcher started {ranks.world_size}; leave it out under a launcher")
-    with stopping.listening(speaks=ranks.is_first) as stop:
-        from bone_ds.train import train
+    from bone_ds.train import train
 
-        result = train(config, ranks, options.resume, options.force, stop)
+    result = train(config, ranks, options.resume, options.force, stop)
     return stopping.STOPPED if result.stopped else 0
+
+
+def _checked(options: argparse.Namespace, has_run: bool = True) -> tuple[RunConfig, RunDirectory]:
+    """What is wrong is said before ranks and their imports are paid for."""
+    from bone_ds.config import load_config
+    from bone_ds.run_directory import RunDirectory
+
+    config = load_config(options.config, options.overrides)
+    run = RunDirectory.planned(config)
+    try:
+        if has_run:
+            run.check(config, options.resume)
+        _check_paths(config)
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror}") from None
+    return config, run
 
 
 def _check_paths(config: RunConfig) -> None:

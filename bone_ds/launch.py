@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 
 from bone_ds.errors import ConfigError
@@ -24,6 +25,8 @@ KILLED = 128 + signal.SIGKILL
 GRACE_S = 5.0
 """What the other ranks have to end once one has failed and they have been sent SIGTERM: one may be writing a file."""
 _POLL_S = 0.05
+_SLURM_PORTS = range(61_440, 65_536)
+"""Linux hands out none of these by itself."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -40,8 +43,39 @@ class Ranks:
         return self.rank == 0
 
 
+def adopt_slurm_step(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Sets torchrun's variables in a task of an `srun` of several tasks: torch and DeepSpeed know no others.
+
+    A launcher that `srun` has started wins, and so does a MASTER_ADDR or MASTER_PORT of the user's. A job script, and an `srun` of one
+    task, is no rank.
+    """
+    if "RANK" not in environ and int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        meeting = {name: environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in environ}
+        environ.update(_of_slurm_step(environ) | meeting)
+
+
+def _of_slurm_step(environ: Mapping[str, str]) -> dict[str, str]:
+    """The ranks meet on the step's first host, at a port that follows from the job, alike on every host."""
+    meeting = 16 * int(environ["SLURM_JOB_ID"]) + int(environ["SLURM_STEP_ID"])
+    tasks = _tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"])[int(environ["SLURM_NODEID"])]
+    return {"RANK": environ["SLURM_PROCID"], "LOCAL_RANK": environ["SLURM_LOCALID"], "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"],
+            "LOCAL_WORLD_SIZE": str(tasks), "MASTER_ADDR": _first_host(environ["SLURM_STEP_NODELIST"]),
+            "MASTER_PORT": str(_SLURM_PORTS[meeting % len(_SLURM_PORTS)])}
+
+
+def _first_host(nodes: str) -> str:
+    """`rack[1-2]-node[007-010,12],login` -> `rack1-node007`"""
+    first = re.match(r"(\[[^]]*\]|[^,[])+", nodes)[0]
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first)
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """`2(x3),1` -> [2, 2, 2, 1]"""
+    return [int(tasks) for tasks, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", text) for _ in range(int(nodes or 1))]
+
+
 def current(environ: Mapping[str, str] = os.environ) -> Ranks | None:
-    """This process's place under `bone-ds train`, `deepspeed` or `torchrun`, or None where no launcher started it."""
+    """This process's place under `bone-ds train`, `deepspeed`, `torchrun` or `srun`, or None where no launcher started it."""
     if not all(name in environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
         return None
     # torchrun and DeepSpeed's launcher name it differently.

@@ -125,7 +125,7 @@ class RunDirectory:
     def _end_torn_line(self) -> None:
         """A run that was killed may have left half a line: it stays, on a line of its own."""
         if self.events.exists() and not self.events.read_bytes().endswith(b"\n"):
-            with self.events.open("a", encoding="utf-8") as file:
+            with publishing.writing(self.events), self.events.open("a", encoding="utf-8") as file:
                 file.write("\n")
 
     def record(self, event: str, **fields) -> None:

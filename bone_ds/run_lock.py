@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from bone_ds import publishing
 from bone_ds.errors import ConfigError
 
 NAME = "lock"
@@ -24,7 +25,7 @@ _PATIENCE_S = 1.0
 
 @contextlib.contextmanager
 def held(directory: Path) -> Iterator[None]:
-    """Holds the lock of a directory, which must exist. Raises ConfigError naming the process that has it.
+    """Holds the lock of a directory, which must exist. Raises ConfigError naming the process that has it, CheckpointError on a full disk.
 
     On a file system without locks a warning says so, and the run goes on.
     """
@@ -38,9 +39,9 @@ def held(directory: Path) -> Iterator[None]:
                 time.sleep(0.1)
         except OSError as error:
             logging.getLogger("bone_ds").warning(f"{path}: can't be locked ({error.strerror}); nothing keeps a second run out")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
+        with publishing.writing(path):
+            file.truncate(0)
+            os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode())
         yield
 
 

@@ -63,9 +63,9 @@ def train(config: RunConfig, ranks: Ranks, resume: bool | Path = False, force: b
     engines.compiler_lock.check(ds)
     run = RunDirectory.planned(config)
     with engines.distributed(ranks), out_of_memory.explained(ranks.rank) as memory, ExitStack() as held:
+        device = engines.device(ranks)  # before anything is sent: NCCL takes the current one
         engines.by_first(lambda: run.check(config, resume))
         torch.manual_seed(config.train.seed)
-        device = engines.device(ranks)
         architecture = arch.resolve(config.model)
         resolution.check(config, architecture)
         source = architecture.open(config.model)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -28,13 +29,19 @@ def events(run: Path, kind: str) -> list[dict]:
 class Started:
     """A command that trains in the directory's `run`."""
 
-    def __init__(self, directory: Path, command: list[str]):
-        """command: of `python -m`, started in the directory."""
+    def __init__(self, directory: Path, command: list[str], within: Sequence[str] = (), variables: Mapping[str, str] | None = None,
+                 prints_to: Path | None = None):
+        """command: of `python -m`, started in the directory. within: a command that runs another. variables: more of the environment.
+
+        prints_to: a directory, by default the same.
+        """
         self.run, self.steps_before = directory / "run", len(events(directory / "run", "step"))
-        self.printed, self.errors = directory / "printed.txt", directory / "errors.txt"
+        self.printed, self.errors = ((prints_to or directory) / name for name in ("printed.txt", "errors.txt"))
         environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", MARK: str(self.run)}
+        environ |= variables or {}
         with self.printed.open("w") as printed, self.errors.open("w") as errors:
-            self.process = subprocess.Popen([sys.executable, "-m", *command], cwd=directory, stdout=printed, stderr=errors, env=environ)
+            self.process = subprocess.Popen(
+                [*within, sys.executable, "-m", *command], cwd=directory, stdout=printed, stderr=errors, env=environ)
 
     def wait_for_steps(self, more: int) -> None:
         deadline = time.monotonic() + 100
@@ -62,8 +69,9 @@ class Started:
                 command = Path(f"/proc/{pid}/cmdline").read_text()
             except OSError:
                 continue
-            if "bone_ds\0train" in command and "RANK" in variables:
-                found[int(variables["RANK"])] = pid
+            rank = variables.get("RANK") or variables.get("SLURM_PROCID")
+            if "bone_ds\0train" in command and rank:
+                found[int(rank)] = pid
         return found
 
     def ends(self) -> tuple[int, str]:

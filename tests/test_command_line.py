@@ -53,6 +53,13 @@ print([name for name in {HEAVY!r} if name in sys.modules], code, file=sys.stderr
     assert cpu_time_of_children_s() - before_s < 1.0  # half of it on a calm machine; the time on the clock depends on what else runs
 
 
+def test_output_to_a_full_disk(capsys, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert main(["config"]) == 2
+    assert capsys.readouterr().err == "bone-ds: a file, or the output of this command: No space left on device\n"
+
+
 def test_a_missing_config_alone_is_asked_for(capsys):
     with pytest.raises(SystemExit):
         main(["train"])

@@ -5,6 +5,8 @@ import os
 import resource
 import signal
 import time
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,8 @@ from bone_ds import engine as engines
 from bone_ds import restarts, train
 from bone_ds.cli import main
 from bone_ds.config import validate
-from bone_ds.engine import compiler_lock
-from bone_ds.errors import ConfigError, DataError, MemoryLimitError
+from bone_ds.engine import compiler_lock, lost_ranks
+from bone_ds.errors import ConfigError, DataError, LostRankError, MemoryLimitError
 from bone_ds.launch import Ranks
 from bone_ds.run_directory import RunDirectory
 from bone_ds.stopping import STOPPED, StopRequest
@@ -280,6 +282,28 @@ def planning_fails_at_the_second_call(of_run):
         return of_run(*arguments, **options)
 
     return planned
+
+
+@pytest.mark.parametrize("hosts, place, here, which, speaks", [
+    ("aabb", (0, 0), [0, 1], "ranks 2, 3 on b do", True), ("aabb", (1, 1), [0, 1], "ranks 2, 3 on b do", False),
+    ("aabb", (2, 0), None, "rank 0 on a does", True), ("aabb", (3, 1), None, "rank 0 on a does", False),
+    ("aabb", (1, 1), None, "rank 0 on a does", True), ("aaaa", (0, 0), [0, 1, 3], "rank 2 does", True),
+    ("aabc", (0, 0), [0], "ranks 1, 2, 3 on a, b, c do", True)])
+def test_lost_ranks_are_named_with_their_hosts_once_a_host(monkeypatch, hosts, place, here, which, speaks):
+    """place: rank and local rank. here: those that answer; None where nobody can be asked."""
+    monkeypatch.setattr(lost_ranks, "_here", lambda ranks: here)
+    error = lost_ranks.described(RuntimeError("gloo: Timed out waiting 5000ms"), Ranks(*place, 4, 2), list(hosts))
+    assert str(error) == f"{which} not answer: it hangs, or its host is gone" and error.speaks == speaks and error.hangs
+
+
+def test_ranks_that_never_come_are_waited_for_and_counted(alone, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    impatient = partial(engines.deepspeed.init_distributed, timeout=timedelta(seconds=1))
+    monkeypatch.setattr(engines.deepspeed, "init_distributed", impatient)
+    with pytest.raises(LostRankError, match="rank 0 has not met the others at the start: .*1/2 clients joined") as error:
+        with engines.distributed(Ranks(0, 0, 2, 1)):
+            raise AssertionError
+    assert error.value.speaks
 
 
 def test_groups_made_by_deepspeed_wait_no_longer_than_told(alone):

@@ -28,6 +28,45 @@ def test_a_launcher_started_this_process(environ, ranks):
     assert ranks.is_first == (ranks.rank == 0)
 
 
+STEP = {"SLURM_JOB_ID": "257", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
+        "SLURM_STEP_NODELIST": "rack[1-2]-node[007-008]", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "2"}
+
+
+def adopted(environ: dict[str, str]) -> dict[str, str]:
+    """What a task of a Slurm step is to torch."""
+    environ = dict(environ)
+    launch.adopt_slurm_step(environ)
+    return environ
+
+
+def test_a_task_of_a_slurm_step_is_a_rank():
+    environ = adopted(STEP)
+    assert launch.current(environ) == Ranks(5, 1, 7, 2)
+    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("rack1-node007", str(61_440 + 17))
+    alone = adopted(STEP | {"SLURM_PROCID": "6", "SLURM_LOCALID": "0", "SLURM_NODEID": "3"})
+    assert launch.current(alone) == Ranks(6, 0, 7, 1) and alone["MASTER_PORT"] == environ["MASTER_PORT"]
+    assert adopted(STEP | {"SLURM_STEP_ID": "2"})["MASTER_PORT"] != environ["MASTER_PORT"]
+
+
+@pytest.mark.parametrize("nodes, first", [
+    ("a1,a2", "a1"), ("a[07-09]", "a07"), ("a[3,5-6]x,b", "a3x"), ("login", "login"), ("gpu-b[12]", "gpu-b12")])
+def test_the_first_host_of_a_slurm_step(nodes, first):
+    assert adopted(STEP | {"SLURM_STEP_NODELIST": nodes})["MASTER_ADDR"] == first
+
+
+def test_whoever_says_more_than_slurm_wins():
+    torchrun = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    assert adopted(STEP | torchrun) == STEP | torchrun
+    meeting = {"MASTER_ADDR": "there", "MASTER_PORT": "2"}
+    assert adopted(STEP | meeting).items() >= meeting.items()
+
+
+@pytest.mark.parametrize("changed", [{"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_STEP_NUM_TASKS": None}], ids=["srun -n 1", "job script"])
+def test_a_single_slurm_task_is_no_rank(changed):
+    environ = {name: value for name, value in (STEP | changed).items() if value is not None}
+    assert adopted(environ) == environ and launch.current(environ) is None
+
+
 @pytest.mark.parametrize("visible, ranks, devices", [
     (None, 2, ["0", "1"]), ("2,3", 2, ["2", "3"]), (" 5, 7 ,", 1, ["5"]), ("GPU-ab,GPU-cd", 2, ["GPU-ab", "GPU-cd"]),
     ("", 2, ["-1", "-1"]), ("-1", 2, ["-1", "-1"])])

@@ -15,9 +15,11 @@ import yaml
 from test_command_line import shell
 
 from bone_ds import ds_json, monitoring
+from bone_ds import engine as engines
 from bone_ds.config import RunConfig, validate
+from bone_ds.engine import Monitor
 from bone_ds.engine.monitor import _drop_rows_after
-from bone_ds.errors import ConfigError
+from bone_ds.errors import CheckpointError, ConfigError
 from bone_ds.train import train
 
 STEPS = 4
@@ -128,6 +130,15 @@ def test_rows_of_steps_to_be_trained_again_go(tmp_path, before, after):
     path.write_bytes(before)
     _drop_rows_after(path, 2)
     assert path.read_bytes() == after
+
+
+def test_a_file_that_can_not_be_written_is_named(tmp_path, alone):
+    section = {"enabled": True, "output_path": str(tmp_path), "job_name": "csv"}
+    with engines.distributed(alone):
+        monitor = Monitor({"csv_monitor": section}, None)
+        (tmp_path / "csv" / "train_loss.csv").symlink_to("/dev/full")
+        with pytest.raises(CheckpointError, match=f"{tmp_path}: can't be written: No space left on device"):
+            monitor.write(1, {"train/loss": 0.5})
 
 
 WANDB = """

@@ -418,6 +418,18 @@ def test_pages_of_files_are_free_in_a_control_group(tmp_path, group, stat):
     assert process._control_group_bytes(group) is None
 
 
+@pytest.mark.parametrize("version, memberships", [(0, "0::/job_7/step_0\n"), (1, "5:cpu,cpuacct:/\n4:memory:/job_7/step_0\n0::/x\n")])
+def test_the_groups_around_a_process_have_limits_too(tmp_path, version, memberships):
+    outermost = replace(process._CONTROL_GROUPS[version], directory=tmp_path)
+    groups = process._groups_of_process(outermost, memberships)
+    assert [group.directory for group in groups] == [tmp_path / "job_7/step_0", tmp_path / "job_7", tmp_path]
+    (tmp_path / "job_7").mkdir()  # the step's is not there, as in a container
+    for name, text in {outermost.limit: "1000\n", outermost.used: "900\n", "memory.stat": ""}.items():
+        (tmp_path / "job_7" / name).write_text(text)
+    assert [process._control_group_bytes(group) for group in groups] == [None, 100, None]
+    assert [group.directory for group in process._groups_of_process(outermost, "")] == [tmp_path]
+
+
 def test_all_ranks_share_the_memory_of_a_cpu(tmp_path, monkeypatch, capsys):
     (tmp_path / "run.yaml").write_text(dump_yaml(config_of("RWKV-x060-World-1B6.pth")))
     monkeypatch.setattr("bone_ds.launch.count_gpus", lambda: 1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bone_ds import run_lock
-from bone_ds.errors import ConfigError
+from bone_ds.errors import CheckpointError, ConfigError
 
 HOLDER = """
 import sys, time
@@ -65,6 +65,18 @@ def test_a_check_that_has_the_lock_for_a_moment_is_waited_for(tmp_path, monkeypa
     monkeypatch.setattr(fcntl, "flock", flock)
     with run_lock.held(tmp_path):
         assert next(attempts, "all made") == "all made"
+
+
+def test_a_full_disk_is_said(tmp_path, monkeypatch):
+    def write(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_lock.os, "write", write)
+        with pytest.raises(CheckpointError, match=f"{tmp_path / 'lock'}: can't be written: No space left on device"):
+            run_lock.held(tmp_path).__enter__()
+    with run_lock.held(tmp_path):
+        pass
 
 
 def test_a_file_system_without_locks_is_said_and_done_without(tmp_path, monkeypatch, caplog):

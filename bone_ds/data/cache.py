@@ -73,7 +73,7 @@ def read_or_build(place: Path, build: Callable[[], Samples]) -> tuple[Samples, b
         except OSError as error:
             shutil.rmtree(_aside(place), ignore_errors=True)
             logging.getLogger("bone_ds").warning("%s: tokenised data can't be kept: %s; the next start tokenises anew", place,
-                                                 error.strerror)
+                                                 error.strerror or error)
     return samples, False
 
 

@@ -46,18 +46,25 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def distributed(ranks: Ranks) -> Iterator[None]:
-    """The process group of all ranks, destroyed at the end whatever happens. Raises LostRankError where other ranks are gone or hang."""
+    """The process group of all ranks, destroyed at the end whatever happens.
+
+    Raises LostRankError where ranks do not meet, are gone later, or hang.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    try:
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        hosts = lost_ranks.hosts(ranks)
+    except dist.DistError as error:
+        raise lost_ranks.never_met(error, ranks) from None
     assert dist.get_world_size() == ranks.world_size
     try:
         yield
     except RuntimeError as error:
         if not lost_ranks.is_cause(error):
             raise
-        raise lost_ranks.described(error, ranks) from None
+        raise lost_ranks.described(error, ranks, hosts) from None
     finally:
         deepspeed.comm.destroy_process_group()
 

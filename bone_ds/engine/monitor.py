@@ -14,6 +14,7 @@ from deepspeed.monitor.csv_monitor import csvMonitor
 from deepspeed.monitor.tensorboard import TensorBoardMonitor
 from deepspeed.monitor.wandb import WandbMonitor
 
+from bone_ds import publishing
 from bone_ds.errors import ConfigError
 
 _KINDS = {"wandb": WandbMonitor, "tensorboard": TensorBoardMonitor, "csv_monitor": csvMonitor}
@@ -32,17 +33,22 @@ class Monitor:
         config = get_monitor_config(sections)
         names = [name for name in _KINDS if sections.get(name, {}).get("enabled")]
         self._monitors = {name: _started(name, getattr(config, name)) for name in names}
+        self._directories = {name: Path(sections[name].get("output_path", name)) for name in names}
         if csv := self._monitors.get("csv_monitor"):
             _go_on(csv, first_step)
         if first_step is not None and (tensorboard := self._monitors.get("tensorboard")):
             _hide_after(tensorboard, first_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Values by names like train/loss, which group them; of a step that a resumed run has reported before, nothing."""
+        """Values by names like train/loss, which group them; of a step that a resumed run has reported before, nothing.
+
+        Raises CheckpointError where a file can't be written.
+        """
         if self._first_step is not None and step <= self._first_step:
             return
-        for monitor in self._monitors.values():
-            monitor.write_events([(name, value, step) for name, value in values.items()])
+        for name, monitor in self._monitors.items():
+            with publishing.writing(self._directories[name]):
+                monitor.write_events([(of, value, step) for of, value in values.items()])
 
 
 def _started(name: str, section):

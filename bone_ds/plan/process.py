@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import resource
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bone_ds.errors import ConfigError
@@ -27,6 +27,8 @@ CUDA_SLACK_BYTES = 892 * MIB
 
 @dataclass(frozen=True)
 class _ControlGroup:
+    controller: str
+    """As /proc/self/cgroup says it."""
     directory: Path
     limit: str
     used: str
@@ -35,10 +37,10 @@ class _ControlGroup:
 
 
 _CONTROL_GROUPS = (
-    _ControlGroup(Path("/sys/fs/cgroup"), "memory.max", "memory.current", ("inactive_file", "active_file")),
-    _ControlGroup(Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes",
+    _ControlGroup("", Path("/sys/fs/cgroup"), "memory.max", "memory.current", ("inactive_file", "active_file")),
+    _ControlGroup("memory", Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes",
                   ("total_inactive_file", "total_active_file")))
-"""Version 2 and version 1."""
+"""The outermost of version 2 and of version 1."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -68,10 +70,24 @@ def host_capacity_bytes(device: str, local_world_size: int) -> int | None:
 
 
 def available_bytes(local_world_size: int) -> int:
-    """Memory that each of this host's ranks may take: what the system calls available, within the control group's limit."""
+    """Memory that each of this host's ranks may take: what the system calls available, within the limits of the control groups."""
     free = [_meminfo("MemAvailable")]
-    free += [left for left in map(_control_group_bytes, _CONTROL_GROUPS) if left is not None]
+    memberships = Path("/proc/self/cgroup").read_text(encoding="utf-8")
+    groups = [group for outermost in _CONTROL_GROUPS for group in _groups_of_process(outermost, memberships)]
+    free += [left for left in map(_control_group_bytes, groups) if left is not None]
     return min(free) // local_world_size
+
+
+def _groups_of_process(outermost: _ControlGroup, memberships: str) -> list[_ControlGroup]:
+    """The one that the process is in and those around it, of which each may have a limit, as those of a Slurm job and its steps have.
+
+    In a container the first may have a path of the host's, which is not there.
+    """
+    paths = [path for _, controllers, path in (line.split(":", 2) for line in memberships.splitlines())
+             if outermost.controller in controllers.split(",")]
+    innermost = outermost.directory.joinpath(*(path.lstrip("/") for path in paths[:1]))
+    return [replace(outermost, directory=directory) for directory in (innermost, *innermost.parents)
+            if directory.is_relative_to(outermost.directory)]
 
 
 def _control_group_bytes(group: _ControlGroup) -> int | None:
