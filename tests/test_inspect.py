@@ -397,7 +397,7 @@ def test_a_checkpoint_without_its_manifest(copied, capsys):
     for step in (2, 3):
         (run / f"checkpoints/step-0000000{step}/manifest.json").unlink()
         problems = problems_of(run, capsys)
-        assert len(problems) == step - 1 and f"step-0000000{step}/manifest.json: can't be read" in problems[-1]
+        assert len(problems) == step - 1 and f"step-0000000{step}/manifest.json: is missing" in problems[-1]
 
 
 def with_header(path: Path, **changes) -> None:

@@ -118,7 +118,7 @@ POLITE = "[signal.signal(number, lambda number, _: os._exit(75)) for number in (
 
 def started(ranks: list[str]) -> tuple[subprocess.Popen, list[int]]:
     """`bone-ds` stood in for by a process with these ranks, and their process ids."""
-    rank = f"import os, signal, time; exec({ranks!r}[int(os.environ['RANK'])]); print(os.getpid(), flush=True); time.sleep(100)"
+    rank = f"import os, signal, time; exec({ranks!r}[int(os.environ['RANK'])]); os.write(1, b'%d\\n' % os.getpid()); time.sleep(100)"
     program = f"""
 import os, sys
 from bone_ds import launch
