@@ -141,8 +141,8 @@ class _Start:
         was_saving = was_saving and (chosen == [1] or self.watch.is_saving())
         errors = self.started.errors.read_text().splitlines()
         published, not_whole = self._published()
-        problems = [*not_whole, *self._adapter_is_damaged(), *self._went_on_wrongly(), *self._lost(published),
-                    *_says_wrongly(chosen, self.started.process.returncode, errors)]
+        problems = [*not_whole, *self._adapter_is_damaged(), *self._went_on_wrongly(), *lost(self.run, self.setting, published),
+                    *says_wrongly(chosen, self.started.process.returncode, errors)]
         if ended_s > OTHERS_END_S:
             problems.append(f"processes were left after {ended_s:.0f} s")
         return {
@@ -203,16 +203,16 @@ class _Start:
         said = [line for line in self.started.printed.read_text().splitlines() if line.startswith("--resume: ")]
         return {"resumed_from": self.last if self.watch.start else None, "said": said}
 
-    def _lost(self, published: list[int]) -> list[str]:
-        """Whether more is gone than the steps since the last checkpoint; one that is written beside the steps may be on its way."""
-        recorded = max((event["step"] for event in events(self.run.path, "step")[-1:]), default=0)
-        due = (recorded - 1) // self.setting.save_every * self.setting.save_every - self.setting.save_every * self.setting.async_save
-        due = max([due, *(event["step"] for event in events(self.run.path, "checkpoint"))])
-        last = max(published, default=0)
-        return [] if last >= due else [f"the last checkpoint is of step {last}, but that of {due} had been saved"]
+def lost(run: RunDirectory, setting: Setting, published: list[int]) -> list[str]:
+    """Whether more is gone than the steps since the last checkpoint; one that is written beside the steps may be on its way."""
+    recorded = max((event["step"] for event in events(run.path, "step")[-1:]), default=0)
+    due = (recorded - 1) // setting.save_every * setting.save_every - setting.save_every * setting.async_save
+    due = max([due, *(event["step"] for event in events(run.path, "checkpoint"))])
+    last = max(published, default=0)
+    return [] if last >= due else [f"the last checkpoint is of step {last}, but that of {due} had been saved"]
 
 
-def _says_wrongly(ranks: list[int], code: int, errors: list[str]) -> list[str]:
+def says_wrongly(ranks: list[int], code: int, errors: list[str]) -> list[str]:
     """After these ranks were killed, or none of them but the launcher."""
     if not ranks:
         return [] if (code, errors) == (-signal.SIGKILL, []) else [f"exit code {code}, said {errors}"]

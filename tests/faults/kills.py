@@ -30,7 +30,8 @@ def run(harness: Harness) -> list[Row]:
         name = f"chain {number:02d}"
         draw = harness.draw(name)
         setting, plan = _setting(number, draw), _plan(number, draw)[:left]
-        if harness.attempt(name, partial(chain.run, harness.work / name, setting, plan, draw)) is None:
+        row = harness.attempt(name, partial(chain.run, harness.work / name, setting, plan, draw))
+        if row is None or not row.get("kills"):  # the time is up, or not even a run that is left alone comes to its end
             break
         number += 1
     return _figures(_kills(harness))
