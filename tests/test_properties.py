@@ -25,7 +25,7 @@ from bone_ds.data.rows import read
 from bone_ds.errors import BoneError, CheckpointError, ConfigError, DataError
 from bone_ds.plan.process import parse_bytes
 
-bounded = settings(deadline=None, derandomize=True, max_examples=150)
+bounded = settings(deadline=None, derandomize=True, max_examples=60)
 """The same examples every time."""
 
 scalars = (st.none() | st.booleans() | st.integers(-10, 100) | st.integers() | st.floats() | st.text(max_size=10)
@@ -59,7 +59,7 @@ changes = st.lists(st.tuples(st.sampled_from(FIELDS), st.sampled_from(PLAUSIBLE)
 TREE = {"model": {"path": "m"}, "adapter": {}, "data": {"train": "a.jsonl"}, "train": {}, "deepspeed": {}, "output": {"directory": "run"}}
 
 
-@settings(bounded, max_examples=500)
+@settings(bounded, max_examples=200)
 @given(changes)
 def test_a_config_is_read_back_equal_or_a_field_is_named(directory, changes):
     tree = copy.deepcopy(TREE)
@@ -79,7 +79,7 @@ TAGS = ("bool", "int", "float", "null", "timestamp", "binary", "str", "seq", "ma
 yaml_texts = st.text("ab:{}[],&*!%@`'\"#-?|> \n\t019.~<=\\_eE+x", max_size=40)
 
 
-@settings(bounded, max_examples=500)
+@settings(bounded, max_examples=200)
 @given(st.sampled_from(["", "train: ", "train: {seed: ", "model: {path: m}\ndata: {train: a}\noutput: {directory: r}\n"]),
        st.sampled_from(["", *(f"!!{tag} " for tag in TAGS)]), yaml_texts | st.datetimes().map(str) | st.floats().map(str),
        st.sampled_from(["", "}", "\n"]))
@@ -102,7 +102,7 @@ def test_a_yaml_file_of_any_bytes(directory, content):
     check_message(error.value, f"{path}: ")
 
 
-@settings(bounded, max_examples=300)
+@settings(bounded, max_examples=120)
 @given(st.sampled_from(FIELDS), yaml_texts | st.tuples(st.sampled_from(TAGS), yaml_texts).map(lambda pair: "!!{} {}".format(*pair)))
 def test_an_override(directory, field, text):
     path = directory / "good.yaml"
@@ -118,7 +118,7 @@ zero_fields = st.dictionaries(st.sampled_from(sorted(ds_json._ZERO | ds_json._OF
                               st.sampled_from([True, False, 0, 1, 2, 5e8, 0.5, {"device": "cpu"}]) | anything, max_size=3)
 
 
-@settings(bounded, max_examples=400)
+@settings(bounded, max_examples=150)
 @given(st.dictionaries(st.sampled_from(SECTIONS), anything, max_size=2), zero_fields, st.integers(0, 3), st.integers(1, 8))
 def test_a_deepspeed_json_that_is_taken_is_taken_by_deepspeed(directory, sections, zero, stage, world_size):
     from deepspeed.runtime.zero.config import get_zero_config
@@ -255,7 +255,7 @@ def test_an_adapter_of_any_bytes(directory, content):
     assert read_as(directory / "any.safetensors", content) is None
 
 
-@settings(bounded, max_examples=300)
+@settings(bounded, max_examples=120)
 @given(edits)
 def test_an_adapter_that_was_changed(directory, adapter, edits):
     content = adapter.read_bytes()
@@ -268,7 +268,7 @@ HEADER_FIELDS = ("format_version", "architecture", "method", "grouping", "rank",
                  "base_dtype", "base_fingerprint", "step", "form", "groups", "sha256", "more")
 
 
-@settings(bounded, max_examples=400)
+@settings(bounded, max_examples=150)
 @given(st.dictionaries(st.sampled_from(HEADER_FIELDS), st.sampled_from([1, 8, "row", "col", "lora", "state", "full", ["q_proj"], [0, 1]])
                        | anything, max_size=3), st.booleans())
 def test_an_adapter_whose_header_was_rewritten(directory, adapter, changes, leaves_out):
@@ -323,7 +323,7 @@ def read_manifest(directory, content: bytes):
         return None
 
 
-@settings(bounded, max_examples=300)
+@settings(bounded, max_examples=120)
 @given(st.binary(max_size=60) | anything.map(lambda value: json.dumps(value).encode())
        | edits.map(lambda edits: edited(manifests.dump(MANIFEST).encode(), edits)))
 def test_a_manifest_is_whole_or_refused(directory, content):
@@ -331,7 +331,7 @@ def test_a_manifest_is_whole_or_refused(directory, content):
     assert found in (None, MANIFEST)
 
 
-@settings(bounded, max_examples=300)
+@settings(bounded, max_examples=120)
 @given(st.dictionaries(st.sampled_from(["step", "adam_step", "world_size", "held_out_loss", "files", "base_fingerprint", "format_version",
                                         "more"]), anything, min_size=1, max_size=2))
 def test_a_manifest_whose_digest_is_right(directory, changes):
@@ -364,7 +364,7 @@ json_lines = st.lists(st.dictionaries(st.sampled_from(["query", "response", "q"]
     lambda rows: "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-@settings(bounded, max_examples=400)
+@settings(bounded, max_examples=150)
 @given(st.sampled_from([".jsonl", ".json", ".csv"]), st.binary(max_size=80) | json_lines | st.tuples(json_lines, edits).map(
     lambda one: edited(*one)) | st.text("query,response\n\"'\r\t;", max_size=60).map(str.encode))
 def test_rows_of_any_bytes(directory, suffix, content):
@@ -378,7 +378,7 @@ def test_rows_of_any_bytes(directory, suffix, content):
         assert rows and all(place.startswith(str(path)) and isinstance(row, dict) for place, row in rows)
 
 
-@settings(bounded, max_examples=300)
+@settings(bounded, max_examples=120)
 @given(anything | st.lists(anything | st.dictionaries(
     st.sampled_from(["role", "content", "from", "value", "tool_calls"]), st.sampled_from(["user", "assistant", "gpt", "a"]) | anything,
     max_size=4), max_size=3))
@@ -394,7 +394,7 @@ def test_a_conversation(conversation):
 small = st.integers(-1, 8)
 
 
-@settings(bounded, max_examples=500)
+@settings(bounded, max_examples=200)
 @given(st.sampled_from([8, 8, 8, 1, 4, 5, 9]), st.lists(small, max_size=4), st.lists(small | st.integers(-2**63, 2**63 - 1), max_size=4),
        st.lists(small, max_size=5), st.binary(max_size=32), st.none() | st.integers(0, 2**64 - 1))
 def test_a_corpus_of_any_index(directory, code, lengths, first_bytes, bounds, tokens, sequences):
@@ -407,7 +407,7 @@ VALID = (b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 3, 4) + np.array([4, 2, 6],
          + np.array([0, 1, 2, 3], "<i8").tobytes())
 
 
-@settings(bounded, max_examples=300)
+@settings(bounded, max_examples=120)
 @given(edits, st.booleans())
 def test_a_corpus_that_was_changed(directory, edits, in_the_index):
     tokens = np.arange(12, dtype="<u2").tobytes()
