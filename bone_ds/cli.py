@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BoneError as error:
-        _report(error)
+        _report(error, str(error))
         return USER_ERROR
     except BrokenPipeError:  # who reads stdout, such as `head`, has read enough
         _let_go_of_output()
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         if error.filename is None:
             _let_go_of_output()
-        _report(ConfigError(f"{error.filename or 'a file, or the output of this command'}: {error.strerror}"))
+        _report(error, f"{error.filename or 'a file, or the output of this command'}: {error.strerror}")
         return USER_ERROR
     except LostRankError as error:
         if not error.hangs:
@@ -79,12 +79,14 @@ def _without_local_rank(arguments: list[str]) -> list[str]:
     return kept
 
 
-def _report(error: BoneError) -> None:
+def _report(error: BoneError | OSError, line: str) -> None:
     """Once for all ranks: the launcher ends the others as soon as rank 0 is gone, unless it is theirs alone."""
     ranks = launch.current()
     if ranks and not ranks.is_first:
         time.sleep(LET_SPEAK_S)
-    print(f"bone-ds: {errors.printable(str(error))}", file=sys.stderr, flush=True)
+        if getattr(error, "of_first_rank", False):
+            return
+    print(f"bone-ds: {errors.printable(line)}", file=sys.stderr, flush=True)
 
 
 def _parse(given: list[str]) -> argparse.Namespace:

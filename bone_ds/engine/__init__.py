@@ -126,7 +126,10 @@ def told_by_first(value: Any) -> Any:
 
 
 def by_first(action: Callable[[], T]) -> T:
-    """What `action` returns on rank 0, on every rank; what it raises that a user can mend is raised on every rank too."""
+    """What `action` returns on rank 0, on every rank; what it raises that a user can mend is raised on every rank too.
+
+    On the others it has the attribute `of_first_rank`, for rank 0 says it.
+    """
     outcome: Any = None
     if dist.get_rank() == 0:
         try:
@@ -135,6 +138,7 @@ def by_first(action: Callable[[], T]) -> T:
             outcome = error
     outcome = told_by_first(outcome)
     if isinstance(outcome, Exception):
+        outcome.of_first_rank = dist.get_rank() != 0
         raise outcome
     return outcome
 

@@ -146,13 +146,14 @@ class _Tried:
             assert first.lives(), first.errors.read_text()
             time.sleep(0.02)
         with _cut(self.hosts[1]):
-            at, ends_s = time.monotonic(), []
+            at, cut_at, ends_s = time.monotonic(), time.time(), []
             for host in starts:
                 while any(start.lives() or start.processes() for start in host) and time.monotonic() < at + 4 * ENDS_S:
                     time.sleep(0.05)
                 ends_s.append(round(time.monotonic() - at, 1))
             codes = [[start.process.poll() for start in host] for host in starts]
             said = [[line for start in host for line in start.said()] for host in starts]
+            said_after_s = [round(max(start.errors.stat().st_mtime for start in host) - cut_at, 1) for host in starts]
             for start in (start for host in starts for start in host):
                 start.ends_now()
         problems = [] if max(ends_s) < ENDS_S else [f"ended after {ends_s} s"]
@@ -163,7 +164,8 @@ class _Tried:
         codes_after = [[start.process.wait(LONGEST_S) for start in host] for host in self._start(places)]
         problems += [f"started again it ended with {codes_after}"] * any(code for host in codes_after for code in host)
         problems += _of_one_host_alone(places) + differences(places[0] / "run", whole / "run")
-        return {"ends_s": ends_s, "codes": codes, "said": said, "saved": saved, "problems": problems, "ok": not problems}
+        return {"ends_s": ends_s, "said_after_s": said_after_s, "codes": codes, "said": said, "saved": saved, "problems": problems,
+                "ok": not problems}
 
     def is_asked_to_stop(self) -> dict:
         """As Slurm does before it takes the nodes away."""

@@ -12,4 +12,4 @@ from faults.phases import full_disk, memory, not_finite, signals
 
 
 def run(harness: Harness) -> list[Row]:
-    return [row for part in (signals, full_disk, not_finite, memory) for row in part.run(harness)]
+    return [row for part in (full_disk, memory, not_finite, signals) for row in part.run(harness)]

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from rows import Row
+from started import ROOT
 
 from faults.harness import Harness
 from faults.tiny_runs import LONGEST_S, Start, TinyRuns, leaving_nothing, published
@@ -21,6 +22,7 @@ EVERY = 20
 TRAIN = {"steps": 2 * EVERY, "global_batch_size": 8, "save_every": EVERY, "eval_every": EVERY, "keep_checkpoints": 1}
 PAGE_BYTES = 4096
 DISK_BYTES = 2**22
+ZERO2 = ROOT / "ds_configs" / "zero2.json"
 FULL = "No space left on device"
 
 
@@ -59,7 +61,7 @@ def run(harness: Harness) -> list[Row]:
     if reason := _no_disk(harness.work / "tried"):
         print(f"full disk: skipped: {reason}", flush=True)
         return []
-    runs = TinyRuns(harness.work / "full-disk", train=TRAIN)
+    runs = TinyRuns(harness.work / "full-disk", train=TRAIN, deepspeed={"config": "zero2"})
     for case in CASES[1:2] if harness.quick else CASES:
         harness.attempt(f"disk full {case.name}", leaving_nothing(partial(_fails_and_goes_on, runs, case)))
     if not harness.quick:
@@ -71,8 +73,8 @@ def run(harness: Harness) -> list[Row]:
 
 def _fails_and_goes_on(runs: TinyRuns, case: _Case) -> dict:
     runs.whole()
-    place = runs.place(case.name.replace(" ", "-"), train=case.train, deepspeed={"config": "zero.json"})
-    (place / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2}} | case.monitors))
+    place = runs.place(case.name.replace(" ", "-"), train=case.train, deepspeed={"config": "zero2.json"})
+    (place / "zero2.json").write_text(json.dumps(json.loads(ZERO2.read_text()) | case.monitors))
     with _disk(place / "disk") as disk:
         if case.run_is_there:
             (disk / "run").mkdir()
