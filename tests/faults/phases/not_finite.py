@@ -23,7 +23,6 @@ SAMPLES = 4
 """In a step."""
 TRAIN = {"steps": len(QUESTIONS) // SAMPLES, "global_batch_size": SAMPLES, "micro_batch_size": 1, "eval_every": 0, "save_every": 1,
          "keep_checkpoints": 9}
-SAMPLES_SHOWN = "its samples: "
 
 
 def run(harness: Harness) -> list[Row]:
@@ -54,7 +53,9 @@ def _tried(directory: Path, of: str, write, stage: int, policy: str) -> dict:
     start = Start(directory, ["bone_ds", "train", "run.yaml", "--ranks", "2"])
     code = start.process.wait(LONGEST_S)
     problems = _problems(start, of, policy)
-    return {"code": code, "said": start.said(), "bad_steps": start.recorded("bad_step"), "problems": problems, "ok": not problems}
+    bad = [{"step": event["step"], "loss": str(event["loss"]), "grad_norm": str(event["grad_norm"]),  # JSON has no NaN
+            "rows": [row for _, row in event["samples"]]} for event in start.recorded("bad_step")]
+    return {"code": code, "said": start.said(), "bad_steps": bad, "problems": problems, "ok": not problems}
 
 
 def _write_nan(path: Path) -> None:

@@ -24,9 +24,9 @@ STOPPED = 75
 ENDS_S = 30
 """What torchrun and DeepSpeed's launcher give a rank that they have asked to stop."""
 EVERY = 4
-TRAIN = {"steps": 40, "global_batch_size": 32, "micro_batch_size": 1, "save_every": EVERY, "eval_every": EVERY, "keep_checkpoints": 1}
+TRAIN = {"steps": 16, "global_batch_size": 32, "micro_batch_size": 1, "save_every": EVERY, "eval_every": EVERY, "keep_checkpoints": 1}
 """Steps and held-out losses long enough to be met."""
-HELD_OUT_ROWS = 300
+HELD_OUT_ROWS = 150
 AGAIN_S = 1.3
 """Between two signals that are two requests."""
 
