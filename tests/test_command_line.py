@@ -15,7 +15,7 @@ from tiny_llama import save_tiny
 from bone_ds import cli, launch
 from bone_ds.bone import adapted_weight
 from bone_ds.cli import main
-from bone_ds.errors import LostRankError
+from bone_ds.errors import ConfigError, LostRankError
 
 ROOT = Path(__file__).parents[1]
 SIZES = ("--layers", "2", "--width", "32", "--vocab", "256", "--head-size", "8")
@@ -205,6 +205,21 @@ def test_one_rank_says_that_another_is_lost(monkeypatch, capsys, speaks, hangs):
     assert main(["config"]) == 1
     assert capsys.readouterr().err == ("bone-ds: rank 1 does not answer\n" if speaks else "")
     assert waited == [cli.LAST_WORD_S] * (not hangs) + [cli.LET_SPEAK_S] * (not speaks)
+
+
+@pytest.mark.parametrize("error", [ConfigError("train.steps: 0"), OSError(28, "No space left on device", "run")], ids=str)
+@pytest.mark.parametrize("of_first_rank", [False, True])
+def test_what_rank_0_says_for_all_no_other_rank_says(monkeypatch, capsys, error, of_first_rank):
+    def fail(options, given):
+        raise error
+
+    error.of_first_rank, waited = of_first_rank, []
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli, "_config", fail)
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    assert main(["config"]) == 2 and waited == [cli.LET_SPEAK_S]
+    assert capsys.readouterr().err.count("bone-ds: ") == (not of_first_rank)
 
 
 def test_a_new_model(tmp_path, capsys):
