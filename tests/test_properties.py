@@ -265,7 +265,7 @@ def test_an_adapter_that_was_changed(directory, adapter, edits):
 
 
 HEADER_FIELDS = ("format_version", "architecture", "method", "grouping", "rank", "alpha", "targets", "layers", "base", "base_revision",
-                 "base_dtype", "base_fingerprint", "step", "form", "groups", "sha256", "more")
+                 "base_dtype", "base_fingerprint", "base_crc32", "step", "form", "groups", "sha256", "more")
 
 
 @settings(bounded, max_examples=150)
