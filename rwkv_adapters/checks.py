@@ -73,11 +73,12 @@ def one_line(error: Exception, limit: int = 200) -> str:
 
 
 class Records:
-    """What the archive of a .pth says of the data in it: its CRC-32s. A .safetensors file says nothing."""
+    """What the archive of a .pth says of the data in it: its CRC-32s. Files say nothing that are .safetensors, or were saved without."""
 
     def __init__(self, path: Path):
         self._path = path
-        self._known = None if path.suffix == ".safetensors" else {(entry.file_size, f"{entry.CRC:08x}") for entry in _entries(path)}
+        entries, are_checksums = ([], False) if path.suffix == ".safetensors" else _entries(path)
+        self._known = {(entry.file_size, f"{entry.CRC:08x}") for entry in entries} if are_checksums else None
         self._whole: set[int] = set()
 
     def check(self, name: str, tensor: Tensor, taken: Future[str] | None) -> None:
@@ -148,21 +149,35 @@ def _check_archive(path: Path) -> Counter[int]:
             raise CheckpointError(f"{path}: is cut off, its end is missing; copy or download it again")
         old = "; if PyTorch before 1.6 wrote it, load it there and save it again" if magic[:1] == b"\x80" else ""
         raise CheckpointError(f"{path}: is {'no PyTorch file' if magic else 'empty'}, a .pth is a zip archive{old}")
-    return Counter(entry.file_size for entry in _entries(path))
+    return Counter(entry.file_size for entry in _entries(path)[0])
 
 
-def _entries(path: Path) -> list[zipfile.ZipInfo]:
+def _entries(path: Path) -> tuple[list[zipfile.ZipInfo], bool]:
+    """And whether their CRC-32s are such: under `torch.serialization.set_crc32_options(False)` none of them is."""
     try:
         with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
+            entries = archive.infolist()
+            for entry in entries:
                 if entry.compress_type != zipfile.ZIP_STORED:
                     raise CheckpointError(f"{path}: {entry.filename} in it is compressed, PyTorch doesn't write such files; use torch.save")
-                with archive.open(entry) as record:
-                    while "/data/" not in entry.filename and record.read(2**20):
-                        pass
-            return archive.infolist()
+                archive.open(entry).close()  # holds its head against the archive's directory
+            small = [entry for entry in entries if "/data/" not in entry.filename]
+            wrong = [entry.filename for entry in small if not _is_right(archive, entry)]
     except (zipfile.BadZipFile, ValueError, RuntimeError, EOFError, struct.error) as error:  # RuntimeError: it says that it is encrypted
         raise CheckpointError(f"{path}: is damaged: {one_line(error)}; copy or download it again") from None
+    if wrong and len(wrong) < max(2, len(small)):
+        raise CheckpointError(f"{path}: is damaged: {wrong[0]} in it has not the CRC-32 that the archive says; copy or download it again")
+    return entries, not wrong
+
+
+def _is_right(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
+    with archive.open(entry) as record:
+        try:
+            while record.read(2**20):
+                pass
+        except zipfile.BadZipFile:
+            return False
+    return True
 
 
 def _check_version(tensors: dict[str, Tensor], path: Path) -> None:
