@@ -925,7 +925,7 @@ def field(**fields):
     (lambda directory: (directory / "adapter_config.json").unlink(), "adapter_config.json"),
     (lambda directory: (directory / "adapter_config.json").write_text("{"), "adapter_config.json"),
     (lambda directory: (directory / "adapter_model.safetensors").unlink(), "holds no adapter_model.safetensors"),
-    (lambda directory: (directory / "adapter_model.safetensors").write_bytes(b"0" * 40), "adapter_model.safetensors is no safetensors file"),
+    (lambda directory: (directory / "adapter_model.safetensors").write_bytes(b"0" * 40), "is no safetensors file"),
 ], ids=["r", "r of bool", "grouping", "bias", "no config", "a cut config", "no weights", "cut weights"])
 def test_damaged_directories_are_refused_by_name_and_change_nothing(tmp_path, spoil, says):
     adapted().save_pretrained(tmp_path)
