@@ -93,8 +93,9 @@ def test_kinds_sum_to_the_profiled_step(out):
     step_us = next(event["dur"] for event in events if event["name"] == "bone_ds: step" and event.get("cat") == "user_annotation")
     assert sum(kinds.by_kind_s.values()) == pytest.approx(step_us / 1e6, rel=0.05)
     assert 0 < kinds.matrix_products_s < kinds.step_s
-    expected = {"adapted layers", "head and loss", "optimizer", "other"} | {
-        "attention" if measured.world_size == 2 else "WKV"} | ({"communication"} if measured.world_size == 2 else set())
+    # What waits for the other rank is taken out of "other": on a busy machine all of that.
+    expected = {"adapted layers", "head and loss", "optimizer"}
+    expected |= {"attention", "communication"} if measured.world_size == 2 else {"WKV", "other"}
     assert expected <= {kind for kind, cost_s in kinds.by_kind_s.items() if cost_s > 0}
 
 
