@@ -119,7 +119,7 @@ def train(config: RunConfig, ranks: Ranks, resume: bool | Path = False, force: b
 
         engines.by_first(begin)
         if found:
-            saver.put_adapter(found.path)  # the run may have ended between its last checkpoint and the adapter of it
+            saver.complete(found.path)  # the run may have been killed between its last checkpoint and what follows that
         progress = Progress(run.log if ranks.is_first else None, steps, first_step)
         _announce(progress, engine, source, samples, held_out_samples, order)
         if device.type == "cpu" and (fields := ds_json.offloaded(ds)):

@@ -31,12 +31,14 @@ def run(cases: dict[str, dict], world_size: int, directory: Path) -> dict[str, d
 
 
 def _main() -> None:
+    import faulthandler
     import warnings
 
     from bone_ds import engine as engines
     from bone_ds import launch
     from bone_ds.errors import BoneError
 
+    faulthandler.enable()  # a rank that is aborted says where
     warnings.simplefilter("error")
     warnings.simplefilter("ignore", DeprecationWarning)  # all from inside torch and deepspeed
     given, outcomes_path = map(Path, sys.argv[1:])

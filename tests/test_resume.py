@@ -280,14 +280,16 @@ def test_a_run_resumed_under_torchrun_is_equal_to_the_bit(command, tmp_path):
 
 
 def test_a_finished_run_without_its_adapter_is_given_it_on_another_number_of_ranks(command, tmp_path):
-    """As when it was killed between its last checkpoint and the adapter, in the middle of a line of events."""
+    """As when it was killed between its last checkpoint and the adapter, in the middle of a line of events; nor is one too many left."""
     run = shutil.copytree(command.run, tmp_path / "run")
     (run / "adapter.safetensors").unlink()
+    shutil.copytree(run / "checkpoints" / "step-00000003", run / "checkpoints" / "step-00000002")
     with (run / "events.jsonl").open("a") as file:
         file.write('{"event": "st')
     printed = launched(["bone_ds"], "train", command.config, "--resume", "--ranks", 1, f"output.directory={run}")
     assert "\nresumed after step 5 of 5: nothing is left to do" in printed and " tensors, 1 rank\n" in printed
     torch.testing.assert_close(load_file(run / "adapter.safetensors"), load_file(command.run / "adapter.safetensors"), rtol=0, atol=0)
+    assert [path.name for path in checkpoint.existing(run / "checkpoints")] == ["step-00000003", "step-00000004", "step-00000005"]
     lines = (run / "events.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["event"] == "end" and '{"event": "st' in lines
 

@@ -75,9 +75,9 @@ class Saver:
         if self._writing and self._writing.done():
             self._wait()
 
-    def put_adapter(self, checkpoint: Path) -> None:
-        """Makes the run's adapter that of a checkpoint."""
-        engines.by_first(lambda: publishing.copy(checkpoint / files.ADAPTER, self._adapter))
+    def complete(self, checkpoint: Path) -> None:
+        """What follows in `save` once a checkpoint is published, and a run may not have come to."""
+        engines.by_first(lambda: self._complete(checkpoint))
 
     def _wait(self) -> None:
         writing, self._writing = self._writing, None
@@ -88,9 +88,13 @@ class Saver:
         started = time.monotonic()
         try:
             path = files.write(self._directory, snapshot, self._origin)
-            publishing.copy(path / files.ADAPTER, self._adapter)
-            with publishing.writing(self._directory):
-                retention.thin(self._directory, self._keep, self._keep_best)
+            self._complete(path)
             self._saved(Saved(path, snapshot.step, snapshot.held_out_loss, time.monotonic() - started))
         except CheckpointError as error:
             raise CheckpointError(f"{error}; earlier checkpoints are whole, go on from the last with --resume") from None
+
+    def _complete(self, checkpoint: Path) -> None:
+        """The run's adapter is that of its last checkpoint, and what is no longer kept is gone."""
+        publishing.copy(checkpoint / files.ADAPTER, self._adapter)
+        with publishing.writing(self._directory):
+            retention.thin(self._directory, self._keep, self._keep_best)

@@ -12,6 +12,7 @@ Facts about DeepSpeed 0.19 that shape this package:
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 import os
@@ -67,6 +68,8 @@ def distributed(ranks: Ranks) -> Iterator[None]:
         raise lost_ranks.described(error, ranks, hosts) from None
     finally:
         deepspeed.comm.destroy_process_group()
+    # DeepSpeed's own groups hang on in its engine's cycles of references, with threads that may abort the process while Python ends.
+    gc.collect()
 
 
 def device(ranks: Ranks) -> torch.device:
