@@ -148,7 +148,7 @@ def _opened(path: Path):
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such adapter file") from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: is no safetensors file, or a damaged one: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{path}: {tensor_file.unreadable(error)}") from None
 
 
 def _header(path: Path, metadata: dict[str, str]) -> Header:

@@ -67,6 +67,13 @@ def open_file(path: Path) -> safetensors.safe_open:
     return safetensors.safe_open(path, framework="pt")
 
 
+def unreadable(error: SafetensorError | OSError) -> str:
+    """What is said of a file, behind its name, where `open_file` or what is read then raises this."""
+    if isinstance(error, PermissionError):
+        return f"can't be read: {error.strerror}"
+    return f"is no safetensors file, or a damaged one: {str(error).splitlines()[0]}"
+
+
 def outline(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file without their data, on the meta device, and its metadata: its header alone is read.
 
@@ -81,7 +88,7 @@ def outline(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                        for name, part in slices.items()}
             return tensors, file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: is no safetensors file, or a damaged one: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{path}: {unreadable(error)}") from None
 
 
 def drop_pages(tensor: Tensor) -> None:

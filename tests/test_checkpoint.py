@@ -246,6 +246,28 @@ def test_none_is_whole(run):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "state.safetensors", "adapter.safetensors"])
+def test_one_that_may_not_be_read_is_not_passed_over(run, monkeypatch, name):
+    """It may be whole, and the right to read it can be given."""
+    run.save(1)
+    run.save(2)
+    path, opened = run.checkpoints / "step-00000002" / name, Path.open
+    refused = PermissionError(errno.EACCES, "Permission denied")
+
+    def opening(self, *options, **more):
+        if self == path:
+            raise refused
+        return opened(self, *options, **more)
+
+    monkeypatch.setattr(Path, "open", opening)
+    with pytest.raises(CheckpointError, match=f"{path}: can't be read: Permission denied; give this user the right") as error:
+        checkpoint.last_whole(run.checkpoints, ORIGIN)
+    assert type(error.value) is CheckpointError
+    if name == "adapter.safetensors":
+        with pytest.raises(CheckpointError, match=f"{path}: can't be read: Permission denied$"):
+            adapter_file.read(path)
+
+
 def test_a_whole_one_of_another_run_is_no_damage(run):
     run.save(1)
     with pytest.raises(CheckpointError, match="other training samples"):

@@ -105,13 +105,14 @@ def _record(path: Path) -> FileRecord:
 
 
 def verify(path: Path) -> Manifest:
-    """Reads every byte. Raises Damaged where one is not as it was written, and CheckpointError for another format."""
+    """Reads every byte. Raises Damaged where one is not as it was written, and CheckpointError for another format
+    and for what this user may not read."""
     manifest = _manifest(path)
     for name, recorded in manifest.files.items():
         try:
             found = _record(path / name)
         except OSError as error:
-            raise Damaged(f"{path / name}: can't be read: {error.strerror}") from None
+            raise manifests.unreadable(path / name, error) from None
         if found.sha256 != recorded.sha256:
             raise Damaged(f"{path / name}: is damaged: its content is not what its manifest's sha256 says")
     return manifest

@@ -49,14 +49,14 @@ def dump(manifest: Manifest) -> str:
 
 
 def read(checkpoint: Path) -> Manifest:
-    """Raises Damaged, and CheckpointError for one of another format."""
+    """Raises Damaged, and CheckpointError for one of another format or that this user may not read."""
     path = checkpoint / NAME
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Damaged(f"{path}: is missing, the checkpoint is not whole") from None
     except OSError as error:
-        raise Damaged(f"{path}: can't be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path}: is damaged: {error}") from None
     if not isinstance(fields, dict):
@@ -74,6 +74,13 @@ def read(checkpoint: Path) -> Manifest:
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format_version {version!r} is not {FORMAT_VERSION}, the one this version reads")
     return _checked(path, fields)
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """Damaged where the disk is at fault. A checkpoint that this user may not read is not passed over: it may be whole."""
+    if isinstance(error, PermissionError):
+        return CheckpointError(f"{path}: can't be read: {error.strerror}; give this user the right to, or name another with --resume PATH")
+    return Damaged(f"{path}: can't be read: {error.strerror}")
 
 
 def _checked(path: Path, fields: dict[str, Any]) -> Manifest:

@@ -114,7 +114,7 @@ def check_stated(path: Path, method: Mapping[str, Any]) -> None:
             stated = checksums.stated_in(path / WEIGHTS, file.metadata())
             found = checksums.crc32s({name: file.get_tensor(name) for name in file.keys()}, _noted(method)) if stated else {}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: {WEIGHTS} is no safetensors file, or a damaged one: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{path}: {WEIGHTS} {tensor_file.unreadable(error)}") from None
     for name in sorted(stated.keys() ^ found.keys()):
         raise CheckpointError(f"{path / WEIGHTS}: is damaged: {name}: the file's header states other tensors than it holds")
     for name, value in found.items():
@@ -281,7 +281,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise _no_weights(path) from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: {WEIGHTS} is no safetensors file, or a damaged one: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{path}: {WEIGHTS} {tensor_file.unreadable(error)}") from None
     if not tensors:
         raise CheckpointError(f"{path}: {WEIGHTS} holds no tensors")
     return {_our_name(path, name): _widened(path, name, tensor) for name, tensor in tensors.items()}
