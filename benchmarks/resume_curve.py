@@ -142,6 +142,7 @@ def _plot(results: Results, dtypes: tuple[str, ...], names: list[str], path: Pat
         losses.legend()
         apart.set(xlabel="step", ylabel=f"apart from {ALONE}, nats")
         apart.set_yscale("symlog", linthresh=1e-8)
+        apart.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=120)
 
 
