@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 
@@ -17,31 +16,20 @@ _NOT_BROKEN = (0, 2, STOPPED, *(128 + number for number in (signal.SIGHUP, signa
 def start(arguments: list[str], ranks: int, run: RunDirectory, max_restarts: int) -> int:
     """As `launch.start`, up to so many times more: each where the run broke, and made a step since it was restarted."""
     arguments = [*arguments, "--max-restarts", "0"]  # a rank has no restarts of its own
+    was_there, starts = run.config.exists(), len(run.recorded("start"))
     code = launch.start(arguments, ranks)
     for restart in range(1, max_restarts + 1):
         if code in _NOT_BROKEN:
             break
         _say(f"exit code {code}; restart {restart} of {max_restarts} from the last checkpoint")
-        steps = _steps_recorded(run)
-        code = launch.start([*arguments, *["--resume"] * run.config.exists()], ranks)
-        if code not in _NOT_BROKEN and _steps_recorded(run) == steps:
+        steps = len(run.recorded("step"))
+        # A run that was there and has not been begun upon goes on from where it was told to: --resume PATH.
+        begun = run.config.exists() and (not was_there or len(run.recorded("start")) > starts)
+        code = launch.start([*arguments, *["--resume"] * begun], ranks)
+        if code not in _NOT_BROKEN and len(run.recorded("step")) == steps:
             _say(f"exit code {code}; restart {restart} made no step, so there is no other")
             break
     return code
-
-
-def _steps_recorded(run: RunDirectory) -> int:
-    if not run.events.exists():
-        return 0
-    with run.events.open(encoding="utf-8", errors="replace") as file:
-        return sum(_is_step(line) for line in file)
-
-
-def _is_step(line: str) -> bool:
-    try:
-        return json.loads(line)["event"] == "step"
-    except (ValueError, KeyError, TypeError):
-        return False  # torn by the end of the run that wrote it
 
 
 def _say(line: str) -> None:

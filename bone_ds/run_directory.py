@@ -108,19 +108,32 @@ class RunDirectory:
                 raise self._not_empty()
             yield
 
+    def record_start(self, checkpoint: str | None, **fields) -> None:
+        """On the disk when it returns. It comes before `create`: whichever run has a configuration says where it began."""
+        self._end_torn_line()
+        self.record("start", checkpoint=checkpoint, **fields)
+        with publishing.writing(self.events):
+            publishing.sync(self.events)
+
     def create(self, config: RunConfig, ds: dict) -> None:
         with publishing.writing(self.checkpoints):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             publishing.sync(self.path.parent)
         publishing.write_text(self.config, dump_yaml(config))
         publishing.write_text(self.path / "deepspeed.json", json.dumps(ds, indent=2) + "\n")
-        self._end_torn_line()
 
     def began_from(self) -> Path | None:
-        """The checkpoint of another run that this one went on from when it began, if any."""
-        lines = self.events.read_text(encoding="utf-8", errors="replace").splitlines() if self.events.exists() else []
-        first = json.loads(lines[0]) if lines and lines[0].endswith("}") else {}
-        return Path(first["checkpoint"]) if first.get("checkpoint") else None
+        """The checkpoint of another run that the last start went on from, if any."""
+        starts = self.recorded("start")
+        path = starts[-1].get("checkpoint") if starts else None
+        return Path(path) if path and Path(path).parent != self.checkpoints.absolute() else None
+
+    def recorded(self, event: str) -> list[dict]:
+        """Of all starts, in order."""
+        if not self.events.exists():
+            return []
+        with self.events.open(encoding="utf-8", errors="replace") as file:
+            return [found for line in file if (found := _parsed(line)).get("event") == event]
 
     def _end_torn_line(self) -> None:
         """A run that was killed may have left half a line: it stays, on a line of its own."""
@@ -132,6 +145,15 @@ class RunDirectory:
         line = json.dumps({"event": event, "time": round(time.time(), 3)} | fields)
         with publishing.writing(self.events), self.events.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+
+def _parsed(line: str) -> dict:
+    """Empty for one that was torn by the end of the run that wrote it."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return event if isinstance(event, dict) else {}
 
 
 def _check_equal(stored_path: Path, section: str, stored, given, fields: tuple[str, ...]) -> None:

@@ -111,11 +111,11 @@ def train(config: RunConfig, ranks: Ranks, resume: bool | Path = False, force: b
         def begin() -> None:
             if resume:
                 checkpoint.settle(run.checkpoints, first_step, found.damaged if found else ())
+            run.record_start(found and str(found.path.absolute()), step=first_step, steps=steps, world_size=ranks.world_size,
+                             **_provenance(engine, source, samples, held_out_samples, order))
             run.create(config, ds)
             with publishing.writing(run.log), run.log.open("a", encoding="utf-8") as log:
                 log.writelines(f"{line}\n" for line in plan_lines)
-            run.record("start", step=first_step, steps=steps, world_size=ranks.world_size, checkpoint=found and str(found.path.absolute()),
-                       **_provenance(engine, source, samples, held_out_samples, order))
 
         engines.by_first(begin)
         if found:
@@ -296,6 +296,9 @@ def _taken(run: RunDirectory, held: ExitStack, resume: bool | Path, origin: Orig
     """Takes the run directory for this process as long as `held` lasts; returns the checkpoint to go on from. Rank 0 calls it."""
     held.enter_context(run.locked(resume))
     if isinstance(resume, Path):
+        if run.goes_on(resume) and checkpoint.step_of(resume.resolve()) is None:
+            raise ConfigError(f"--resume: {resume} has no checkpoint's name, such as step-00000100, and would not be found again; "
+                              f"give it one, or move it out of {run.checkpoints} and name a new output.directory")
         return Found(resume, checkpoint.given(resume, origin).step)
     if not resume:
         return None

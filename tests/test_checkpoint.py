@@ -268,6 +268,24 @@ def test_one_that_may_not_be_read_is_not_passed_over(run, monkeypatch, name):
             adapter_file.read(path)
 
 
+def test_a_directory_that_may_not_be_listed_is_not_empty(run, monkeypatch):
+    run.save(1)
+
+    def refused(self):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(PermissionError):
+        checkpoint.last_whole(run.checkpoints, ORIGIN)
+
+
+def test_what_is_no_longer_kept_makes_room_for_the_adapter(run, monkeypatch):
+    run.save(1, keep=1)
+    monkeypatch.setattr(saver.publishing, "copy", lambda source, path: pytest.fail() if steps(run) == [1, 2] else None)
+    run.save(2, keep=1)
+    assert steps(run) == [2]
+
+
 def test_a_whole_one_of_another_run_is_no_damage(run):
     run.save(1)
     with pytest.raises(CheckpointError, match="other training samples"):

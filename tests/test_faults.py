@@ -117,7 +117,7 @@ def stand_in(tmp_path, monkeypatch):
             return code
         run.config.touch()
         with run.events.open("a") as file:
-            file.write('{"event": "step"}\n' * steps + '{"event": "st')
+            file.write('{"event": "start"}\n' + '{"event": "step"}\n' * steps + '{"event": "st')
             file.write("\n")
         return code
 
@@ -146,6 +146,15 @@ def test_a_run_that_left_nothing_is_started_as_it_was(stand_in, capsys):
     assert restarts.start(["train", "a.yaml"], 2, run, 3) == 1
     assert started == [["train", "a.yaml", "--max-restarts", "0"]] * 2
     assert capsys.readouterr().err.endswith("bone-ds: exit code 1; restart 1 made no step, so there is no other\n")
+
+
+def test_a_run_that_goes_back_to_an_earlier_checkpoint_is_sent_there_until_it_has_begun(stand_in):
+    run, started, ends = stand_in
+    run.config.touch()
+    ends += [(1, None), (1, 2), (0, 1)]
+    given = ["train", "a.yaml", "--resume", "run/checkpoints/step-00000300", "--max-restarts", "0"]
+    assert restarts.start(given[:-2], 2, run, 3) == 0
+    assert started == [given, given, [*given, "--resume"]]
 
 
 def test_restarts_belong_to_the_command_alone(prepared, alone, capsys):

@@ -134,6 +134,7 @@ def test_none_yet(tree, run, whole, capsys):
     begun_from_another = RunDirectory(run.path.with_name("other"))
     train(validate(tree(begun_from_another.path), "case"), ALONE, resume=whole.checkpoints / "step-00000003")
     shutil.rmtree(begun_from_another.checkpoints)
+    assert begun_from_another.began_from() == whole.checkpoints / "step-00000003" and whole.began_from() is None
     train(validate(tree(begun_from_another.path), "case"), ALONE, resume=True)
     assert [event["step"] for event in events(begun_from_another, "start")] == [3, 3]
     assert adapters_are_equal(begun_from_another, whole)
@@ -160,6 +161,15 @@ def test_an_earlier_one_by_name(tree, run, whole, capsys):
     assert losses(run) == losses(whole) and adapters_are_equal(run, whole) and steps(run) == [3, 4]
     assert {path.name for path in run.checkpoints.glob("*.*")} == {"step-00000003.superseded", "step-00000004.superseded"}
     assert "step-00000004: the run goes on from step 2; kept as step-00000004.superseded" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["best", "step-00000002.superseded", "step-00000002.partial"])
+def test_one_that_has_lost_its_name_would_not_be_found_again(tree, run, name):
+    renamed = (run.checkpoints / "step-00000002").rename(run.checkpoints / name)
+    before = sorted(run.path.rglob("*"))
+    with pytest.raises(ConfigError, match=f"{name} has no checkpoint's name, such as step-00000100, and would not be found again"):
+        train(validate(tree(run.path), "case"), ALONE, resume=renamed)
+    assert sorted(run.path.rglob("*")) == before
 
 
 def test_one_of_another_run(tree, whole, tmp_path):

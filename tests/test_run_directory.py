@@ -94,6 +94,6 @@ def test_a_full_disk_is_one_line_and_leaves_the_config(run, monkeypatch, call):
 
 def test_a_torn_line_of_events_stays_on_a_line_of_its_own(run):
     run.events.write_text('{"event": "st', encoding="utf-8")
-    run.create(config_of(run.path), {})
+    run.record_start(None, step=0)
     run.record("end", step=1)
     assert run.events.read_text(encoding="utf-8").splitlines()[0] == '{"event": "st'

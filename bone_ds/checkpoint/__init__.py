@@ -18,8 +18,8 @@ and its parent synced. So whatever has the name `step-N` was whole when it got i
 from bone_ds.checkpoint.files import Origin, Snapshot, outline, verify, write
 from bone_ds.checkpoint.manifest import FORMAT_VERSION, Damaged, Manifest
 from bone_ds.checkpoint.resumption import Found, given, last_whole, load
-from bone_ds.checkpoint.retention import existing, settle, thin
+from bone_ds.checkpoint.retention import existing, settle, step_of, thin
 from bone_ds.checkpoint.saver import Saved, Saver
 
 __all__ = ["FORMAT_VERSION", "Damaged", "Found", "Manifest", "Origin", "Saved", "Saver", "Snapshot", "existing", "given", "last_whole",
-           "load", "outline", "settle", "thin", "verify", "write"]
+           "load", "outline", "settle", "step_of", "thin", "verify", "write"]

@@ -32,8 +32,13 @@ def step_of(checkpoint: Path) -> int | None:
 
 
 def existing(directory: Path) -> list[Path]:
-    """Published checkpoints, oldest first. They were whole when they were published; `verify` says if they still are."""
-    return sorted((path for path in directory.glob("step-*") if step_of(path) is not None), key=step_of)
+    """Published checkpoints, oldest first. They were whole when they were published; `verify` says if they still are.
+
+    Raises PermissionError, where `glob` would find none.
+    """
+    if not directory.exists():
+        return []
+    return sorted((path for path in directory.iterdir() if step_of(path) is not None), key=step_of)
 
 
 def thin(directory: Path, keep: int, keep_best: bool) -> None:

@@ -94,7 +94,7 @@ class Saver:
             raise CheckpointError(f"{error}; earlier checkpoints are whole, go on from the last with --resume") from None
 
     def _complete(self, checkpoint: Path) -> None:
-        """The run's adapter is that of its last checkpoint, and what is no longer kept is gone."""
-        publishing.copy(checkpoint / files.ADAPTER, self._adapter)
+        """What is no longer kept is gone, which makes room, and the run's adapter is that of its last checkpoint."""
         with publishing.writing(self._directory):
             retention.thin(self._directory, self._keep, self._keep_best)
+        publishing.copy(checkpoint / files.ADAPTER, self._adapter)

@@ -15,6 +15,7 @@ from pathlib import Path
 from rows import Row
 from started import ROOT
 
+from faults.equality import differences
 from faults.harness import Harness
 from faults.tiny_runs import LONGEST_S, Start, TinyRuns, leaving_nothing, published
 
@@ -49,8 +50,6 @@ CASES = (
     _Case("while a checkpoint is written beside the steps", ("checkpoints/step-00000040.partial",), left_bytes=lambda run: 10 * PAGE_BYTES,
           train={"async_save": True}),
     _Case("while events are written", ("run/events.jsonl", "run/log.txt")),
-    _Case("while the adapter is copied", ("run/adapter.safetensors",),
-          left_bytes=lambda run: _taken_bytes(run / f"checkpoints/step-{EVERY:08d}") + 4 * PAGE_BYTES, saved=(EVERY, 2 * EVERY)),
     _Case("of the monitors", ("disk",), from_the_start=True, run_is_there=False, saved=(),
           monitors={"csv_monitor": {"enabled": True, "output_path": "disk"}}),
     _Case("of the output", ("output of this command",), run_is_there=False, within=("sh", "-c", 'exec "$@" > disk/printed.txt', "sh")),
@@ -65,6 +64,7 @@ def run(harness: Harness) -> list[Row]:
     for case in CASES[1:2] if harness.quick else CASES:
         harness.attempt(f"disk full {case.name}", leaving_nothing(partial(_fails_and_goes_on, runs, case)))
     if not harness.quick:
+        harness.attempt("disk full but for one checkpoint more than are kept", leaving_nothing(partial(_has_just_enough, runs)))
         without_a_cache = partial(_goes_on_without_a_cache, harness.work / "cache")
         harness.attempt("disk full where tokenised data is kept", leaving_nothing(without_a_cache))
     tried = [row for name, row in harness.results.measured.items() if name.startswith("disk full")]
@@ -84,6 +84,21 @@ def _fails_and_goes_on(runs: TinyRuns, case: _Case) -> dict:
         (disk / "filler").unlink()
         differ = runs.goes_on(place, within=case.within)
         return found | {"differences": differ, "ok": not differ and not found["problems"]}
+
+
+def _has_just_enough(runs: TinyRuns) -> dict:
+    """What is no longer kept makes room for the adapter's copy."""
+    whole, place = runs.whole(), runs.place("just-enough")
+    with _disk(place / "disk") as disk:
+        (disk / "run").mkdir()
+        (place / "run").symlink_to("disk/run")
+        start = Start(place, runs.command)
+        while start.lives() and not start.recorded("checkpoint"):
+            time.sleep(0.005)
+        _fill(disk, _taken_bytes(start.run / f"checkpoints/step-{EVERY:08d}") + 4 * PAGE_BYTES)
+        code = start.process.wait(LONGEST_S)
+        differ = differences(place / "run", whole / "run") if code == 0 else []
+        return {"code": code, "said": start.said(), "differences": differ, "ok": code == 0 and not differ}
 
 
 def _fails(runs: TinyRuns, place: Path, disk: Path, case: _Case) -> Start:
