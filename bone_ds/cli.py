@@ -233,7 +233,8 @@ def _train(options: argparse.Namespace, given: list[str]) -> int:
     launch.adopt_slurm_step()
     ranks = launch.current()
     if ranks is None:
-        return _start_ranks(options, given)
+        with stopping.ending_at_once():
+            return _start_ranks(options, given)
     with stopping.listening(speaks=ranks.is_first) as stop:  # all imports of weight come after it
         return _train_as(ranks, options, stop)
 
@@ -255,7 +256,7 @@ def _start_ranks(options: argparse.Namespace, given: list[str]) -> int:
 
 
 def _train_as(ranks: launch.Ranks, options: argparse.Namespace, stop: stopping.StopRequest) -> int:
-    config, _ = _checked(options, has_run=ranks.is_first)  # other hosts may have no such directory
+    config, _ = _checked(options, of_run=False)  # that is said to all ranks alike, when they have met
     if options.max_restarts:
         raise ConfigError(f"--max-restarts: {options.max_restarts} is for `bone-ds train` without another launcher; torchrun has its own")
     if options.ranks not in (None, ranks.world_size):
@@ -266,7 +267,7 @@ def _train_as(ranks: launch.Ranks, options: argparse.Namespace, stop: stopping.S
     return stopping.STOPPED if result.stopped else 0
 
 
-def _checked(options: argparse.Namespace, has_run: bool = True) -> tuple[RunConfig, RunDirectory]:
+def _checked(options: argparse.Namespace, of_run: bool = True) -> tuple[RunConfig, RunDirectory]:
     """What is wrong is said before ranks and their imports are paid for."""
     from bone_ds.config import load_config
     from bone_ds.run_directory import RunDirectory
@@ -274,7 +275,7 @@ def _checked(options: argparse.Namespace, has_run: bool = True) -> tuple[RunConf
     config = load_config(options.config, options.overrides)
     run = RunDirectory.planned(config)
     try:
-        if has_run:
+        if of_run:
             run.check(config, options.resume)
         _check_paths(config)
     except OSError as error:
@@ -287,10 +288,6 @@ def _check_paths(config: RunConfig) -> None:
     from bone_ds import data_paths
 
     data_paths.check(config.data)
-    directory = Path(config.output.directory).expanduser().absolute()
-    above = next(path for path in (directory, *directory.parents) if path.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise ConfigError(f"output.directory: {config.output.directory}: can't be made, {above} is no directory to write to")
     model = config.model.path
     looks_like_a_path = model.startswith((".", "/", "~")) or model.endswith((".gguf", ".pth", ".safetensors")) or model.count("/") > 1
     if looks_like_a_path and not _path(model).exists():

@@ -6,7 +6,6 @@ The one place that reads the environment.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import signal
@@ -16,9 +15,11 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 
+from bone_ds import child_process
 from bone_ds.errors import ConfigError
-from bone_ds.stopping import STOP_SIGNALS, STOPPED
+from bone_ds.stopping import ONE_REQUEST_S, STOP_SIGNALS, STOPPED
 
 KILLED = 128 + signal.SIGKILL
 """What `start` returns where a rank was killed, as the system does when memory runs out."""
@@ -27,7 +28,6 @@ GRACE_S = 5.0
 _POLL_S = 0.05
 _SLURM_PORTS = range(61_440, 65_536)
 """Linux hands out none of these by itself."""
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Ranks:
 def adopt_slurm_step(environ: MutableMapping[str, str] = os.environ) -> None:
     """Sets torchrun's variables in a task of an `srun` of several tasks: torch and DeepSpeed know no others.
 
-    A launcher that `srun` has started wins, and so does a MASTER_ADDR or MASTER_PORT of the user's. A job script, and an `srun` of one
-    task, is no rank.
+    A launcher that `srun` has started wins, and so does a MASTER_ADDR or MASTER_PORT of the user's. A job script, an `srun` of one
+    task, and a shell of `srun --pty`, the one task with a terminal, is no rank.
     """
-    if "RANK" not in environ and int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+    if "RANK" not in environ and "SLURM_PTY_PORT" not in environ and int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         meeting = {name: environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in environ}
         environ.update(_of_slurm_step(environ) | meeting)
 
@@ -124,43 +124,44 @@ def _devices(ranks: int, environ: Mapping[str, str] = os.environ) -> list[str]:
 def _run_to_their_end(command: list[str], environments: list[dict[str, str]]) -> int:
     """The same command once for each environment, which is a rank's."""
     processes: list[subprocess.Popen] = []
+    ends_with_this = partial(child_process.end_with, os.getpid())
     with _received() as received:
         try:
             for environ in environments:
                 # A session of its own: a terminal's Ctrl-C reaches this process alone, and a rank's children end with it.
-                processes.append(subprocess.Popen(command, env=environ, start_new_session=True, preexec_fn=_ending_with(os.getpid())))
-            return _watch(processes, received)
+                processes.append(subprocess.Popen(command, env=environ, start_new_session=True, preexec_fn=ends_with_this))
+            code = _watch(processes, received)
+            answered = len(received)
         finally:
             for process in processes:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+    late = received[answered:] if code not in (0, STOPPED) else []
+    return 128 + late[0] if late else code
 
 
 @contextlib.contextmanager
 def _received() -> Iterator[list[int]]:
-    """The signals that this process is sent meanwhile, but for those it ignores."""
+    """The signals that this process is sent meanwhile, but for those it ignores; requests to stop that come close together are one."""
     received: list[int] = []
-    before = {number: signal.signal(number, lambda number, frame: received.append(number))
+    asked_at = 0.0
+
+    def receive(number: int, _) -> None:
+        nonlocal asked_at
+        if not received:
+            asked_at = time.monotonic()
+        elif number in STOP_SIGNALS and time.monotonic() - asked_at < ONE_REQUEST_S:
+            return
+        received.append(number)
+
+    before = {number: signal.signal(number, receive)
               for number in (signal.SIGINT, signal.SIGHUP, *STOP_SIGNALS) if signal.getsignal(number) is not signal.SIG_IGN}
     try:
         yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _ending_with(parent: int):
-    """For a new process: the system kills it as soon as its parent is gone, were that killed itself."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux
-
-    def arrange() -> None:
-        if prctl is not None:
-            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return arrange
 
 
 def _watch(processes: list[subprocess.Popen], received: list[int]) -> int:

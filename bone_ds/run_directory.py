@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,9 @@ class RunDirectory:
             raise ConfigError(f"output.directory: {self.path} is a file, not a directory")
         if self.path.is_symlink() and not self.path.exists():
             raise ConfigError(f"output.directory: {self.path} is a link to what is not there, {self.path.readlink()}; remove it")
+        above = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
+        if not (above.is_dir() and os.access(above, os.W_OK)):
+            raise ConfigError(f"output.directory: {self.path}: can't be made, {above} is no directory to write to")
         if isinstance(resume, Path) and not (resume / "manifest.json").exists():
             raise ConfigError(f"--resume: {resume} is no checkpoint (no manifest.json); name a step-N of a run's checkpoints/")
         if self.goes_on(resume):

@@ -63,6 +63,18 @@ class StopRequest:
 
 
 @contextlib.contextmanager
+def ending_at_once() -> Iterator[None]:
+    """For a process that has nothing to save: a request ends it with STOPPED, unless it ignores them, or another handler takes over."""
+    before = {number: signal.signal(number, lambda *_: os._exit(STOPPED))
+              for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def listening(speaks: bool) -> Iterator[StopRequest]:
     """Requests are taken by a thread, which is not held up by a collective or a kernel that the main thread is in.
 

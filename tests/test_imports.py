@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    "bone_ds.errors, ds_configs", "bone_ds.provenance, bone_ds.tensor_file, bone_ds.publishing, bone_ds.live", "bone_ds.checksums",
+    "bone_ds.errors, bone_ds.child_process, ds_configs",
+    "bone_ds.provenance, bone_ds.tensor_file, bone_ds.publishing, bone_ds.live", "bone_ds.checksums",
     "bone_ds.bone",
     "bone_ds.config", "bone_ds.data_paths", "bone_ds.activation_policy, bone_ds.monitoring", "bone_ds.ds_json", "bone_ds.arch",
     "llama_adapters, rwkv_adapters", "bone_ds.methods", "bone_ds.inject", "bone_ds.resolution", "bone_ds.activation", "bone_ds.data",

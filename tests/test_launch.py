@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from started import ROOT
 
 from bone_ds import launch
 from bone_ds.errors import ConfigError
@@ -61,7 +62,8 @@ def test_whoever_says_more_than_slurm_wins():
     assert adopted(STEP | meeting).items() >= meeting.items()
 
 
-@pytest.mark.parametrize("changed", [{"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_STEP_NUM_TASKS": None}], ids=["srun -n 1", "job script"])
+@pytest.mark.parametrize("changed", [{"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_STEP_NUM_TASKS": None}, {"SLURM_PTY_PORT": "40001"}],
+                         ids=["srun -n 1", "job script", "srun --pty"])
 def test_a_single_slurm_task_is_no_rank(changed):
     environ = {name: value for name, value in (STEP | changed).items() if value is not None}
     assert adopted(environ) == environ and launch.current(environ) is None
@@ -156,12 +158,47 @@ def test_a_request_that_ranks_do_not_listen_to_yet_finds_nothing_to_save():
 
 
 def test_a_second_request_ends_all():
+    """A scheduler and a script that passes its signals on are one request, more than a second later it is another."""
     parent, pids = started([STUBBORN, STUBBORN])
     parent.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
+    time.sleep(0.3)
+    parent.send_signal(signal.SIGUSR1)
+    time.sleep(1.2)
     assert parent.poll() is None
     parent.send_signal(signal.SIGTERM)
     assert ends(parent, pids) == 128 + signal.SIGTERM
+
+
+def test_a_request_before_there_are_ranks_has_nothing_to_save():
+    program = """
+import time
+from bone_ds import stopping
+with stopping.ending_at_once():
+    print("ready", flush=True)
+    time.sleep(100)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(20) == 75
+
+
+def test_processes_of_a_pool_end_with_a_rank_that_is_killed(tmp_path):
+    program = tmp_path / "pool.py"
+    program.write_text("""
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from bone_ds import child_process
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), child_process.end_with, (os.getpid(),))
+    print(pool.submit(os.getpid).result(), flush=True)
+    time.sleep(100)
+""")
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    with subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environ) as process:
+        worker = int(process.stdout.readline())
+        process.kill()
+    assert ended(worker)
 
 
 def ended(pid: int) -> bool:

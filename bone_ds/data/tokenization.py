@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from bone_ds import child_process
 from bone_ds.config import DataConfig
 from bone_ds.data import binidx, chat, rows, sources
 from bone_ds.data.binidx import Documents
@@ -120,7 +121,8 @@ def _encoded(batches: Iterator[Batch], encode_batch: Callable[[Batch], list[Enco
     if workers == 1 or getattr(tokenizer, "is_fast", False):
         yield from map(encode_batch, batches)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:  # no fork: this process may have threads
+    # No fork: this process may have threads. Its end does not reach what waits for the next batch.
+    with ProcessPoolExecutor(workers, get_context("spawn"), child_process.end_with, (os.getpid(),)) as pool:
         pending = deque(pool.submit(encode_batch, batch) for batch in itertools.islice(batches, 2 * workers))
         try:
             while pending:
