@@ -21,10 +21,10 @@ def start(arguments: list[str], ranks: int, run: RunDirectory, max_restarts: int
     for restart in range(1, max_restarts + 1):
         if code in _NOT_BROKEN:
             break
-        _say(f"exit code {code}; restart {restart} of {max_restarts} from the last checkpoint")
         steps = len(run.recorded("step"))
         # A run that was there and has not been begun upon goes on from where it was told to: --resume PATH.
         begun = run.config.exists() and (not was_there or len(run.recorded("start")) > starts)
+        _say(f"exit code {code}; restart {restart} of {max_restarts} {'from the last checkpoint' if begun else 'as it was started'}")
         code = launch.start([*arguments, *["--resume"] * begun], ranks)
         if code not in _NOT_BROKEN and len(run.recorded("step")) == steps:
             _say(f"exit code {code}; restart {restart} made no step, so there is no other")
